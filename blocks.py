@@ -1,0 +1,375 @@
+"""The transformer block of Sec. 2.4, for both models and in all four variants.
+
+All tokens of a sample are one tensor (B, N, D), in the order of the four streams
+
+    v_p  past video      T_p * S tokens     S = H * W places of a latent frame
+    v_f  future video    T_f * S tokens
+    a_p  past actions    F_p tokens         one per frame
+    a_f  future actions  F_f tokens
+
+so that a set of weights always serves one contiguous slice, and *sharing is a table* (SHARING): `base` has a set for
+each stream, `modality` one for video and one for actions, `full` one for all. `split` replaces joint attention by
+self-attention inside each stream, followed by cross-attention from v_f to the other three.
+
+    MaskedBlock (Fig. 2)   x = x + spatial attention (video) + temporal attention (all streams) + MLP     (B, N, D)
+    FlowBlock   (Fig. 3)   x = x + gate_0 * attention (all streams) + gate_1 * MLP, modulated by time     (B, N, D)
+
+In the last layer (`last=True`) only v_f is read, so a block then computes, and returns, v_f alone: (B, T_f * S, D).
+Run me: `python blocks.py` prints the four variants and the parameters of a layer.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+VARIANTS = ("split", "base", "modality", "full")
+SHARING = {  # which weight set serves v_p, v_f, a_p, a_f
+    "base": (0, 1, 2, 3),
+    "modality": (0, 0, 1, 1),
+    "full": (0, 0, 0, 0),
+}
+
+
+def layer_variants(variant, n_layer):
+    """The variant of each layer: modality and full keep the first four layers as base (Sec. 2.4); a model of fewer than
+    17 layers, the smallest of the paper, keeps n_layer * 4 / 17 rounded, at least one. base and split are uniform."""
+    n_base = min(4, max(1, round(n_layer * 4 / 17))) if variant in ("modality", "full") else 0
+    return ["base"] * n_base + [variant] * (n_layer - n_base)
+
+
+class Layout(NamedTuple):
+    """The sizes of a sample's four streams. T latent frames hold 1 + temporal * (T - 1) frames, one action each."""
+    T_p: int  # latent frames of the past
+    T_f: int  # and of the future
+    H: int  # tokens across a latent frame
+    W: int
+    temporal: int  # frames per latent
+
+    @property
+    def S(self):
+        return self.H * self.W
+
+    @property
+    def T(self):
+        return self.T_p + self.T_f
+
+    @property
+    def lengths(self):
+        """Tokens of v_p, v_f, a_p, a_f."""
+        return (self.T_p * self.S, self.T_f * self.S, 1 + self.temporal * (self.T_p - 1), self.temporal * self.T_f)
+
+    @property
+    def future(self):
+        """Where v_f stands among the tokens."""
+        return slice(self.T_p * self.S, self.T * self.S)
+
+    def positions(self):
+        """(N, 3) time in frames, row, column of every token. Latent i covers the frames up to temporal * i, action j is
+        that of frame j: one clock for both. Actions have no place; they stand at row 0, column 0."""
+        t, h, w = (torch.arange(n, dtype=torch.float32) for n in (self.T, self.H, self.W))
+        video = torch.cartesian_prod(t * self.temporal, h, w)  # (T*S, 3)
+        actions = F.pad(torch.arange(sum(self.lengths[2:]), dtype=torch.float32)[:, None], (0, 2))
+        return torch.cat([video, actions])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary position embedding (Su et al., 2023), for any number of axes
+
+
+def rope_table(positions, dims, theta=10000.0):
+    """positions (N, axes), dims: how many (even) dimensions each axis rotates -> cos, sin (N, sum(dims) / 2)."""
+    angles = [positions[:, i, None] * theta ** (-torch.arange(0, d, 2) / d) for i, d in enumerate(dims)]
+    angles = torch.cat(angles, dim=1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, table):
+    """x (..., N, d) turned by the angles of its tokens: dimension i pairs with i + R / 2, those from R on stay."""
+    cos, sin = (t.to(x.dtype) for t in table)
+    a, b, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+
+
+def axis_dims(d):
+    """How a head of width d shares its dimensions among time, row and column: 293 -> 100, 96, 96 (one stays)."""
+    space = d // 3 // 2 * 2
+    return ((d - 2 * space) // 2 * 2, space, space)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def heads(x, n_head):
+    return rearrange(x, "b n (h d) -> b h n d", h=n_head)
+
+
+def merge(x):
+    """Inverse of `heads`."""
+    return rearrange(x, "b h n d -> b n (h d)")
+
+
+def cut(x, variant, lengths):
+    """(B, N, D) -> the slice of tokens that each weight set of a variant serves."""
+    sets = SHARING[variant]
+    return x.split([sum(n for n, s in zip(lengths, sets) if s == i) for i in range(max(sets) + 1)], dim=1)
+
+
+class MLP(nn.Sequential):
+    def __init__(self, D, hidden):
+        super().__init__(nn.Linear(D, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, D))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masked-HWM (Fig. 2)
+
+
+class Rope(NamedTuple):
+    """Rotary tables of Masked-HWM: of the places of a frame (S, d/2), and in time of all tokens (N, d/2)."""
+    space: tuple
+    time: tuple
+
+
+def masked_rope(layout, d):
+    position = layout.positions()
+    return Rope(rope_table(position[: layout.S, 1:], (d // 2, d // 2)), rope_table(position[:, :1], (d,)))
+
+
+def at_places(x, S):
+    """(B, h, T*S, d) -> (B, h, S, T, d)"""
+    return rearrange(x, "b h (t s) d -> b h s t d", s=S)
+
+
+def temporal_attention(q, k, v, S, k_a, v_a):
+    """Video asks. q (B, h, T_q*S, d), k, v (B, h, T*S, d): every token attends to the T tokens at its own place and to
+    the A action tokens k_a, v_a (B, h, A, d), jointly. Actions are the same at every place, so they are projected and
+    multiplied once instead of being copied to S places."""
+    T = k.shape[2] // S
+    own = at_places(q, S) @ at_places(k, S).transpose(-1, -2)  # (B, h, S, T_q, T)
+    acts = at_places(q @ k_a.transpose(-1, -2), S)  # (B, h, S, T_q, A)
+    own, acts = (torch.cat([own, acts], -1) * q.shape[-1] ** -0.5).softmax(-1).tensor_split([T], -1)
+    y = rearrange(own @ at_places(v, S), "b h s t d -> b h (t s) d")
+    return y + rearrange(acts, "b h s t a -> b h (t s) a") @ v_a
+
+
+def action_attention(q_a, k, v, S, k_a, v_a):
+    """Actions ask. q_a (B, h, A, d): what an action would find at each place, averaged over the S places."""
+    T, A = k.shape[2] // S, q_a.shape[2]
+    video = rearrange(q_a @ k.transpose(-1, -2), "b h a (t s) -> b h s a t", s=S)
+    acts = (q_a @ k_a.transpose(-1, -2))[:, :, None].expand(-1, -1, S, -1, -1)  # (B, h, S, A, A)
+    video, acts = (torch.cat([video, acts], -1) * q_a.shape[-1] ** -0.5).softmax(-1).tensor_split([T], -1)
+    return rearrange(video, "b h s a t -> b h a (t s)") @ v / S + acts.mean(2) @ v_a
+
+
+class SelfAttention(nn.Module):
+    """The projections of one self-attention; what attends to what is the caller's."""
+
+    def __init__(self, D, n_head):
+        super().__init__()
+        self.qkv, self.out, self.n_head = nn.Linear(D, 3 * D), nn.Linear(D, D), n_head
+
+    def project(self, x, rope=None):
+        """(B, N, D) -> q, k, v (B, h, N, d), q and k rotated."""
+        q, k, v = (heads(y, self.n_head) for y in self.qkv(x).chunk(3, dim=-1))
+        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+
+
+class MaskedBlock(nn.Module):
+    """Spatial attention of the video tokens of each latent frame, temporal attention of all streams at each place, MLP.
+    The attentions are shared by all streams; the variant decides how many MLPs there are (that is what makes the
+    sizes of Table 1 come out). The split variant has one MLP, and its own attentions for video, actions and crossing."""
+
+    def __init__(self, D, n_head, hidden, variant, last=False):
+        super().__init__()
+        self.variant, self.last, self.n_head = variant, last, n_head
+        self.norm_s, self.spatial = nn.LayerNorm(D), SelfAttention(D, n_head)
+        self.norm_t, self.temporal = nn.LayerNorm(D), SelfAttention(D, n_head)
+        if variant == "split":
+            self.action = SelfAttention(D, n_head)
+            self.norm_c, self.cross = nn.LayerNorm(D), SelfAttention(D, n_head)
+        self.mlp_variant = "full" if variant == "split" else variant
+        self.norm_m = nn.LayerNorm(D)
+        self.mlp = nn.ModuleList(MLP(D, hidden) for _ in range(max(SHARING[self.mlp_variant]) + 1))
+        if last:  # weights that exist in the paper's count, but whose output nobody reads
+            for i, mlp in enumerate(self.mlp):
+                mlp.requires_grad_(i == SHARING[self.mlp_variant][1])
+
+    def forward(self, x, layout, rope):
+        """x (B, N, D) -> (B, N, D), or only its v_f (B, T_f * S, D) in the last layer."""
+        T, S, future = layout.T, layout.S, layout.future
+        video, actions = x.tensor_split([T * S], dim=1)
+        q, k, v = self.spatial.project(rearrange(self.norm_s(video), "b (t s) d -> (b t) s d", s=S), rope.space)
+        y = merge(F.scaled_dot_product_attention(q, k, v))
+        video = video + self.spatial.out(rearrange(y, "(b t) s d -> b (t s) d", t=T))
+
+        x = torch.cat([video, actions], dim=1)
+        x = self.split_attention(x, layout, rope.time) if self.variant == "split" else self.joint(x, layout, rope.time)
+
+        if self.last:
+            mlp = self.mlp[SHARING[self.mlp_variant][1]]
+            return x + mlp(self.norm_m(x))
+        parts = cut(self.norm_m(x), self.mlp_variant, layout.lengths)
+        return x + torch.cat([mlp(part) for mlp, part in zip(self.mlp, parts)], dim=1)
+
+    def joint(self, x, layout, rope):
+        """Temporal attention of all four streams (bidirectional: with a causal mask video would never see actions)."""
+        n = layout.T * layout.S
+        q, k, v = self.temporal.project(self.norm_t(x), rope)
+        (k, k_a), (v, v_a) = (y.tensor_split([n], dim=2) for y in (k, v))
+        if self.last:
+            return x[:, layout.future] + self.temporal.out(merge(
+                temporal_attention(q[:, :, layout.future], k, v, layout.S, k_a, v_a)))
+        y = torch.cat([temporal_attention(q[:, :, :n], k, v, layout.S, k_a, v_a),
+                       action_attention(q[:, :, n:], k, v, layout.S, k_a, v_a)], dim=2)
+        return x + self.temporal.out(merge(y))
+
+    def split_attention(self, x, layout, rope):
+        """Each stream by itself, then v_f asks the other three. Only v_f ever learns of v_f."""
+        S, bounds = layout.S, list(layout.lengths[:3])
+        bounds = [sum(bounds[: i + 1]) for i in range(3)]
+        streams, ropes = x.tensor_split(bounds, dim=1), [t.tensor_split(bounds) for t in rope]
+        ropes = list(zip(*ropes))
+        done = []
+        for stream, table, is_video in zip(streams, ropes, (True, True, False, False)):
+            attention = self.temporal if is_video else self.action
+            q, k, v = attention.project(self.norm_t(stream), table)
+            if is_video:  # (B, h, S, T, d): time is the sequence
+                y = F.scaled_dot_product_attention(*(at_places(z, S) for z in (q, k, v)))
+                y = rearrange(y, "b h s t d -> b h (t s) d")
+            else:
+                y = F.scaled_dot_product_attention(q, k, v)
+            done.append(stream + attention.out(merge(y)))
+        v_p, v_f, a_p, a_f = done
+        q, _, _ = self.cross.project(self.norm_c(v_f), ropes[1])
+        _, k, v = self.cross.project(self.norm_c(torch.cat([v_p, a_p, a_f], 1)), tuple(
+            torch.cat([t[: bounds[0]], t[bounds[1]:]]) for t in rope))
+        (k, k_a), (v, v_a) = (y.tensor_split([bounds[0]], dim=2) for y in (k, v))
+        v_f = v_f + self.cross.out(merge(temporal_attention(q, k, v, S, k_a, v_a)))
+        return v_f if self.last else torch.cat([v_p, v_f, a_p, a_f], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow-HWM (Fig. 3)
+
+
+class Modulation(NamedTuple):
+    """What the time does to a sub-layer (Peebles & Xie, 2023): y = gate * f(norm(x) * (1 + scale) + shift)."""
+    shift: torch.Tensor  # beta in the paper, (B or 1, 1, D)
+    scale: torch.Tensor  # alpha
+    gate: torch.Tensor  # gamma
+
+
+class Modulate(nn.Module):
+    """Time embedding c (B, C) -> n Modulations. Gates start at one: an open, plain transformer layer."""
+
+    def __init__(self, C, D, n):
+        super().__init__()
+        self.linear = nn.Linear(C, 3 * n * D)
+        self.n = n
+
+    def forward(self, c):
+        parts = self.linear(c)[:, None].chunk(3 * self.n, dim=-1)
+        return [Modulation(*parts[3 * i : 3 * i + 3]) for i in range(self.n)]
+
+    def open_gates(self):
+        for gate in self.linear.bias.data.chunk(3 * self.n)[2::3]:
+            gate.fill_(1.0)
+
+
+def modulate(x, m):
+    """Layer norm without learned scale, then the time's scale and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + m.scale) + m.shift
+
+
+class StreamWeights(nn.Module):
+    """All that one weight set owns in a FlowBlock."""
+
+    def __init__(self, D, hidden, C):
+        super().__init__()
+        self.modulation = Modulate(C, D, 2)  # alpha_0, beta_0, gamma_0 and alpha_1, beta_1, gamma_1
+        self.qkv, self.out, self.mlp = nn.Linear(D, 3 * D), nn.Linear(D, D), MLP(D, hidden)
+
+
+class CrossAttention(nn.Module):
+    """v_f asks v_p, a_p and a_f, each through a pair of keys and values of its own."""
+
+    def __init__(self, D, n_head, C):
+        super().__init__()
+        self.modulation, self.n_head = Modulate(C, D, 1), n_head
+        self.q, self.out = nn.Linear(D, D), nn.Linear(D, D)
+        self.kv = nn.ModuleList(nn.Linear(D, 2 * D) for _ in range(3))
+
+    def forward(self, v_f, context, c, rope_f, rope_context):
+        """v_f (B, N_f, D), context: v_p, a_p, a_f -> v_f. Every token keeps the position it has everywhere else."""
+        (m,) = self.modulation(c)
+        context = [F.layer_norm(x, x.shape[-1:], eps=1e-6) for x in context]
+        k, v = torch.cat([kv(x) for kv, x in zip(self.kv, context)], dim=1).chunk(2, dim=-1)
+        q, k, v = (heads(y, self.n_head) for y in (self.q(modulate(v_f, m)), k, v))
+        y = F.scaled_dot_product_attention(rotate(q, rope_f), rotate(k, rope_context), v)
+        return v_f + m.gate * self.out(merge(y))
+
+
+class FlowBlock(nn.Module):
+    """Modulated attention and MLP with a weight set per stream, per modality, or for all. split is modality with the
+    attention confined to each stream, and cross-attention between the two sub-layers."""
+
+    def __init__(self, D, n_head, hidden, C, variant, last=False):
+        super().__init__()
+        self.n_head, self.last, self.split = n_head, last, variant == "split"
+        self.sharing = "modality" if self.split else variant
+        self.sets = nn.ModuleList(StreamWeights(D, hidden, C) for _ in range(max(SHARING[self.sharing]) + 1))
+        self.future_set = SHARING[self.sharing][1]
+        self.cross = CrossAttention(D, n_head, C) if self.split else None
+        if last and not self.split:  # weights that exist in the paper's count, but whose output nobody reads
+            for i, w in enumerate(self.sets):
+                w.out.requires_grad_(i == self.future_set)
+                w.mlp.requires_grad_(i == self.future_set)
+        elif last:
+            self.sets[1].mlp.requires_grad_(False)
+
+    def attend(self, q, k, v, layout):
+        """(B, h, N, d) -> (B, N, D): all tokens together, or in the split variant each stream by itself."""
+        if not self.split:
+            return merge(F.scaled_dot_product_attention(q, k, v))
+        streams = zip(*(y.split(layout.lengths, dim=2) for y in (q, k, v)))
+        return torch.cat([merge(F.scaled_dot_product_attention(*s)) for s in streams], dim=1)
+
+    def forward(self, x, c, layout, rope):
+        """x (B, N, D), time embedding c (B or 1, C) -> (B, N, D), or only its v_f (B, T_f * S, D) in the last layer."""
+        sets, future = list(self.sets), layout.future
+        mods = [w.modulation(c) for w in sets]  # (m_0, m_1) of each set
+        parts = cut(x, self.sharing, layout.lengths)
+        qkv = torch.cat([w.qkv(modulate(part, m_0)) for w, part, (m_0, _) in zip(sets, parts, mods)], dim=1)
+        q, k, v = (heads(y, self.n_head) for y in qkv.chunk(3, dim=-1))
+        q, k = rotate(q, rope), rotate(k, rope)
+
+        if self.last and not self.split:  # only v_f asks
+            y, x = merge(F.scaled_dot_product_attention(q[:, :, future], k, v)), x[:, future]
+            sets, mods, parts, outs = [sets[self.future_set]], [mods[self.future_set]], [x], [y]
+        else:
+            outs = cut(self.attend(q, k, v, layout), self.sharing, layout.lengths)
+        parts = [part + m_0.gate * w.out(y) for w, part, y, (m_0, _) in zip(sets, parts, outs, mods)]
+
+        if self.split:
+            v_p, v_f, a_p, a_f = torch.cat(parts, dim=1).split(layout.lengths, dim=1)
+            rope_f, rope_context = zip(*((t[future], torch.cat([t[: future.start], t[future.stop :]])) for t in rope))
+            v_f = self.cross(v_f, (v_p, a_p, a_f), c, rope_f, rope_context)
+            if self.last:
+                sets, mods, parts = [sets[self.future_set]], [mods[self.future_set]], [v_f]
+            else:
+                parts = [torch.cat([v_p, v_f], dim=1), torch.cat([a_p, a_f], dim=1)]
+        parts = [part + m_1.gate * w.mlp(modulate(part, m_1)) for w, part, (_, m_1) in zip(sets, parts, mods)]
+        return torch.cat(parts, dim=1)
+
+
+def main():
+    for variant in VARIANTS:
+        print(f"{variant:9s} layers of a 24-layer model: {', '.join(layer_variants(variant, 24))}")
+        for name, block in (("masked", MaskedBlock(512, 8, 2048, variant)), ("flow", FlowBlock(1172, 4, 4688, 256, variant))):
+            print(f"    {name} block at the paper's width: {sum(p.numel() for p in block.parameters()) / 1e6:.2f} M parameters")
+
+
+if __name__ == "__main__":
+    main()

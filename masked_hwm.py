@@ -1,0 +1,229 @@
+"""Masked-HWM (Sec. 2.2): a transformer that fills in masked video tokens, and dreams by unmasking them.
+
+    ids (B, T, H, W) of a discrete tokenizer + actions (B, F, A), one per frame  ->  logits over the vocabulary
+
+The objective (`corrupt`, `forward`) and the sampler (`sample`) stand a screen apart, so that their conventions cannot
+drift. A clip has T = T_p + T_f latent frames: 2 past and 1 future in the paper; the sampler takes any number of future
+latents and fills them frame by frame.
+
+    L    true ids          r, gamma(r)  how much of a frame is masked, gamma(r) = cos(pi r / 2)
+    M    mask, True where  rho          rate of random ids among the tokens, U(0, rho_max)
+         a token is hidden K            refinement steps per frame of the sampler
+
+Run me: `python masked_hwm.py` walks a toy batch through embedding, one block, loss and sampler, printing shapes.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from blocks import Layout, MaskedBlock, layer_variants, masked_rope
+
+
+@dataclass
+class MaskedConfig:
+    """Sec. 3.1 and Table 1; `tiny` in PRESETS is for the built-in robot."""
+    variant: str = "base"
+    n_layer: int = 24
+    n_head: int = 8
+    width: int = 512  # D
+    hidden: int = 2048  # of the MLPs
+    vocab_size: int = 64_000
+    T_p: int = 2  # latent frames of the past
+    T_f: int = 1  # and of the future
+    H: int = 32  # latent height and width, one token each
+    W: int = 32
+    temporal: int = 8  # frames per latent
+    action_dim: int = 25
+    rho_max: float = 0.2
+    checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+
+
+PRESETS = {
+    "paper": dict(),
+    "tiny": dict(n_layer=6, n_head=4, width=160, hidden=640, vocab_size=4096, H=8, W=8),
+}
+
+
+def gamma(r):
+    """Share of a frame that is masked, for r in [0, 1]: everything at 0, nothing at 1 (cosine schedule of MaskGIT)."""
+    return torch.cos(math.pi / 2 * r)
+
+
+class MaskedHWM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, c = config, config
+        D = c.width
+        self.layout = Layout(c.T_p, c.T_f, c.H, c.W, c.temporal)
+        self.embed = nn.Embedding(c.vocab_size, D)
+        self.mask_token = nn.Parameter(torch.empty(1, D))
+        self.position = nn.Parameter(torch.empty(c.T_p + c.T_f, c.H * c.W, D))  # of each latent pixel of a clip
+        self.embed_action = nn.Sequential(nn.Linear(c.action_dim, D), nn.Linear(D, c.hidden), nn.GELU(approximate="tanh"),
+                                          nn.Linear(c.hidden, D))
+        self.blocks = nn.ModuleList(MaskedBlock(D, c.n_head, c.hidden, variant, last=i == c.n_layer - 1)
+                                    for i, variant in enumerate(layer_variants(c.variant, c.n_layer)))
+        self.norm_out, self.out = nn.LayerNorm(D), nn.Linear(D, c.vocab_size)
+        self.register_buffer("action_mean", torch.zeros(c.action_dim))  # of the training split; travel with the weights
+        self.register_buffer("action_std", torch.ones(c.action_dim))
+        self.ropes = {}
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Sec. 3.1: N(0, 0.02) for all weights, Xavier for the mask token and the output projection."""
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        nn.init.xavier_normal_(self.mask_token)
+        nn.init.xavier_normal_(self.out.weight)
+
+    def set_statistics(self, action_mean, action_std):
+        self.action_mean.copy_(action_mean)
+        self.action_std.copy_(action_std)
+
+    # ---- the network -----------------------------------------------------------------------------------------------
+
+    def features(self, L, M, actions):
+        """ids L (B, T, H, W), M (B, T_f, H, W) True where hidden, actions (B, F, A) as recorded
+        -> v_f after the last layer (B, T_f * S, D). Sec. 2.2.1."""
+        c, layout = self.config, self.layout._replace(T_f=L.shape[1] - self.config.T_p)
+        rope = self.rope(layout, L.device)
+        x = self.embed(L)  # (B, T, H, W, D)
+        x_f = torch.where(M[..., None], self.mask_token.to(x.dtype), x[:, c.T_p :])
+        x = torch.cat([x[:, : c.T_p], x_f], dim=1).flatten(2, 3)  # (B, T, S, D)
+        rows = torch.arange(layout.T, device=L.device).clamp(max=len(self.position) - 1)
+        x = (x + self.position[rows]).flatten(1, 2)  # (B, T*S, D); latents beyond the trained ones share its last row
+        a = self.embed_action((actions - self.action_mean) / self.action_std)  # (B, F, D)
+        x = torch.cat([x, a], dim=1)  # (B, N, D) in the order v_p, v_f, a_p, a_f
+        for block in self.blocks:
+            if self.config.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, layout, rope, use_reentrant=False)
+            else:
+                x = block(x, layout, rope)
+        return self.norm_out(x)
+
+    def rope(self, layout, device):
+        """Rotary tables, built once per layout and device."""
+        key = (layout, str(device))
+        if key not in self.ropes:
+            space, time = masked_rope(layout, self.config.width // self.config.n_head)
+            self.ropes[key] = type(masked_rope(layout, 2))(tuple(t.to(device) for t in space), tuple(t.to(device) for t in time))
+        return self.ropes[key]
+
+    def logits(self, L, M, actions, where=None):
+        """Logits (n, vocab) of the future tokens where `where` (B, T_f, H, W) is True (default: where M is), in order."""
+        return self.out(self.features(L, M, actions)[(M if where is None else where).flatten(1)])
+
+    # ---- the objective ---------------------------------------------------------------------------------------------
+
+    def draw(self, generator):
+        """All that is random in the loss of one clip; the trainer seeds it by step and clip."""
+        c, rand = self.config, lambda *shape: torch.rand(shape, generator=generator)
+        T = c.T_p + c.T_f
+        return {"rho": c.rho_max * rand(), "u_noise": rand(T, c.H, c.W),
+                "random_ids": torch.randint(c.vocab_size, (T, c.H, c.W), generator=generator),
+                "r": rand(c.T_f), "u_mask": rand(c.T_f, c.H, c.W)}
+
+    def corrupt(self, L, draws):
+        """Sec. 2.2: random ids at a rate rho ~ U(0, rho_max) everywhere (Copilot-4D), then a mask on the future, per
+        frame with threshold gamma(r), r ~ U(0, 1). -> corrupted ids, M. L itself is left as it is."""
+        noisy = draws["u_noise"] < draws["rho"][:, None, None, None]
+        M = draws["u_mask"] < gamma(draws["r"])[..., None, None]
+        return torch.where(noisy, draws["random_ids"], L), M
+
+    def forward(self, L, actions, draws):
+        """The masked loss of Sec. 2.2, - E_M [ sum_i M_i log p(L_i) ], over hidden future tokens only.
+        -> (sum, count): the mean is taken by the caller, so that it is the same however a batch is divided."""
+        L_noisy, M = self.corrupt(L, draws)
+        h = self.features(L_noisy, M, actions)[M.flatten(1)]  # (n, D): logits only where the loss looks
+        targets = L[:, self.config.T_p :][M]
+        return LinearCrossEntropy.apply(h, self.out.weight, self.out.bias, targets), M.sum()
+
+    # ---- the sampler -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, L_p, actions, K=2, temperature=1.0, order="random", generator=None, trace=None):
+        """Dreams the future latents L_f (B, T_f, H, W) of the past ids L_p (B, T_p, H, W); the number of actions
+        (B, F, A) says how many. Frame by frame; a frame starts hidden, and in K steps all its hidden tokens are drawn in
+        parallel and a part of them kept, so that after step k a share 1 - gamma(k / K) is fixed; the rest is masked and
+        drawn again. order: which are kept, at "random" or those of greatest "confidence" (MaskGIT).
+        trace: a list that receives (L, M) after every step."""
+        B, T_p, H, W = L_p.shape
+        T_f = (actions.shape[1] - 1) // self.config.temporal + 1 - T_p
+        L = torch.cat([L_p, torch.zeros_like(L_p[:, :1]).expand(-1, T_f, -1, -1)], dim=1)
+        M = torch.ones(B, T_f, H, W, dtype=torch.bool, device=L.device)
+        for t in range(T_f):
+            current = torch.zeros_like(M)
+            current[:, t] = True
+            rank = torch.rand(B, H * W, generator=generator).argsort(dim=1).argsort(dim=1).to(L.device)
+            for k in range(1, K + 1):
+                hidden = M & current
+                p = probabilities(self.logits(L, M, actions, where=hidden), temperature)
+                ids = draw_ids(p, generator)
+                L = L.clone()
+                L[:, T_p:][hidden] = ids
+                if order == "confidence":  # certain tokens first; what is fixed already stays in front
+                    score = torch.full((B, H * W), 2.0, device=L.device)
+                    score[hidden[:, t].flatten(1)] = p.gather(1, ids[:, None])[:, 0].float()
+                    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+                M[:, t] = (rank >= n_fixed(k, K, H * W)).unflatten(1, (H, W))
+                if trace is not None:
+                    trace.append((L.clone(), M.clone()))
+        return L[:, T_p:]
+
+
+def n_fixed(k, K, n):
+    """How many of a frame's n tokens are fixed after step k of K: a share 1 - gamma(k / K), all after the last."""
+    return round(n * (1 - math.cos(math.pi * k / (2 * K))))
+
+
+def probabilities(logits, temperature):
+    """Softmax of logits / temperature (n, vocab); at 0 all on the largest."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return (logits.float() / temperature).softmax(-1)
+
+
+def draw_ids(p, generator=None):
+    """One id for each row of p (n, vocab), by inverting the distribution: one uniform number a row, whatever the device."""
+    u = torch.rand(len(p), 1, generator=generator).to(p.device, p.dtype)
+    c = p.cumsum(-1)
+    return torch.searchsorted(c, u * c[:, -1:]).clamp(max=p.shape[1] - 1)[:, 0]
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i -log softmax(h_i W^T + b)[target_i], in chunks of rows: exactly the plain loss, but logits exist for one
+    chunk at a time (64,000 classes: the full table would be the largest tensor of the model). The gradient is taken in
+    the same visit, so that nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, targets, chunk=512):
+        work = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+        w, total = weight.to(work), h.new_zeros((), dtype=torch.float32)
+        need = any(ctx.needs_input_grad)
+        grad_h = torch.zeros_like(h) if need else None
+        grad_w, grad_b = (torch.zeros_like(p, dtype=torch.float32) if need else None for p in (weight, bias))
+        for rows in range(0, len(h), chunk):
+            x, y = h[rows : rows + chunk].to(work), targets[rows : rows + chunk, None]
+            logits = (x @ w.t()).float() + bias
+            log_z = logits.logsumexp(-1, keepdim=True)
+            total = total + (log_z - logits.gather(1, y)).sum()
+            if need:
+                p = logits.sub_(log_z).exp_()  # softmax; its difference to the one-hot target is the gradient
+                p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
+                grad_b += p.sum(0)
+                p = p.to(work)
+                grad_h[rows : rows + chunk] = (p @ w).to(h.dtype)
+                grad_w += p.t() @ x
+        if need:
+            ctx.save_for_backward(grad_h, grad_w.to(weight.dtype), grad_b.to(bias.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(g * grad for g in ctx.saved_tensors), None, None

@@ -1,0 +1,326 @@
+"""A checkpoint dreams: GIF and PNG strips with the rows context | truth | prediction | the same with other actions.
+
+    python sample.py --ckpt out/flow_full/ckpt.pt                          # four validation clips
+    python sample.py --ckpt out/flow_full/ckpt.pt --actions turn_left      # what if it turned left?
+    python sample.py --ckpt out/flow_full/ckpt.pt --rollout 6              # go on: window after window, on its own frames
+
+`dream` is the whole of it: past frames -> latents -> the model's sampler, with the actions of your choice -> frames.
+Also here: reading checkpoints (`load_model`), which train.py and evaluate.py share.
+"""
+import argparse
+import json
+import os
+import pickle
+import sys
+import time
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import flow_hwm
+import masked_hwm
+from data import PAST, DataError, fingerprint, open_clips, synth, to_uint8, to_video
+from tokenizer import TokenizerError, load_tokenizer
+
+MODELS = {  # name -> class, configuration, its presets
+    "masked": (masked_hwm.MaskedHWM, masked_hwm.MaskedConfig, masked_hwm.PRESETS),
+    "flow": (flow_hwm.FlowHWM, flow_hwm.FlowConfig, flow_hwm.PRESETS),
+}
+SAMPLING = {  # the paper's settings (Sec. 3.1, 3.2), and those that score best on the built-in robot
+    ("paper", "masked"): dict(K=2, temperature=1.0),
+    ("paper", "flow"): dict(steps=50, cfg=3.0),
+    ("tiny", "masked"): dict(K=2, temperature=0.0),
+    ("tiny", "flow"): dict(steps=20, cfg=1.0),
+}
+ACTIONS = ("true", "shuffled", "frozen", "drive", "turn_left", "turn_right", "look_up", "reach")
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one sentence for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def read_checkpoint(file):
+    """What train.py saved, as plain tensors and containers (never code); every byte is checked against its CRC."""
+    if not os.path.isfile(file):
+        raise CheckpointError(f"there is no checkpoint {file}: train one with train.py, or give one of weights/")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f"{file} is damaged at {damaged}: use an older checkpoint")
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        why = "it asks for more than tensors and plain values, do not trust it" if isinstance(e, pickle.UnpicklingError) else (
+            f"truncated, damaged, or not a checkpoint: {type(e).__name__}")
+        raise CheckpointError(f"{file} cannot be used ({why}): give a ckpt.pt made by train.py") from None
+    if not isinstance(saved, dict) or not {"ema", "config", "model_config", "tokenizer", "data"} <= set(saved):
+        raise CheckpointError(f"{file} is not a checkpoint of a world model (is it a tokenizer?): give a ckpt.pt made by train.py")
+    return saved
+
+
+def load_model(file, device="cpu"):
+    """-> the model with its averaged weights, ready to sample, and all else that the checkpoint says."""
+    saved = read_checkpoint(file)
+    name = saved["config"].get("model")
+    if name not in MODELS:
+        raise CheckpointError(f"{file} is of a model {name!r}, which is none of {', '.join(MODELS)}")
+    Model, Config, _ = MODELS[name]
+    try:
+        model = Model(Config(**saved["model_config"]))
+        model.load_state_dict({k: v.float() for k, v in saved["ema"].items()})
+    except (TypeError, RuntimeError) as e:
+        raise CheckpointError(f"{file} does not fit its own configuration ({str(e).splitlines()[0]}): it was made by other code") from None
+    return model.to(device).eval().requires_grad_(False), saved
+
+
+def load_tokenizer_for(about, device="cpu", path="", required=True):
+    """The tokenizer that a checkpoint's latents came from: at `path`, or where the checkpoint says, or beside this file."""
+    for place in (path, about.get("path", ""), os.path.join(HERE, about.get("path", ""))):
+        if place and os.path.exists(place):
+            if about.get("sha256") and fingerprint(place) != about["sha256"]:
+                raise TokenizerError(f"{place} is not the tokenizer that the checkpoint's data was encoded with (its SHA-256 "
+                                     "differs): give that one with --tokenizer")
+            return load_tokenizer(place, device)
+    if required:
+        raise TokenizerError(f"the checkpoint's tokenizer {path or about.get('path') or '(none named)'} is not there: give its "
+                             "place with --tokenizer")
+    return None
+
+
+def validation_clips(saved, path="", frames=17):
+    """The validation clips of --data, or of the checkpoint's own data: raw video if it is there, else its latents. The
+    built-in robot is drawn again where it is missing."""
+    data = saved["data"]
+    for place in [path] if path else [data.get("source", ""), data["path"]]:
+        if path or (place and os.path.exists(place)):
+            clips = open_clips(place, "val", size=data.get("size"), frame_stride=data.get("frame_stride", 1)) if (
+                open_clips(place, "val").kind == "raw") else open_clips(place, "val")
+            return clips
+    if data.get("built_in"):
+        return open_clips(synth(os.path.join(HERE, "data", "robot"), splits=("val",), **data["built_in"]), "val")
+    raise DataError(f"the data of the checkpoint, {data['path']}, is not there: give a folder with --data")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dreaming
+
+
+def change_actions(name, actions, model, clips, n_past=PAST, another=None):
+    """actions (F, A) with those after the past replaced. `another` (F, A) are another clip's, for "shuffled". The motions
+    go two standard deviations of the training data away from its mean, over half a window."""
+    a = actions.clone()
+    index = {joint: i for i, joint in enumerate(clips.names)}
+    mean, std = model.action_mean.cpu(), model.action_std.cpu()
+    if name == "true":
+        return a
+    if name == "shuffled":
+        a[n_past:] = another[n_past : len(a)]
+        return a
+    a[n_past:] = a[n_past - 1]  # frozen: every joint stays where it is
+    for joint, i in index.items():
+        if joint.endswith("VELOCITY"):
+            a[n_past:, i] = 0
+    targets = {"frozen": {}, "drive": {"LINEAR_VELOCITY": 2}, "turn_left": {"ANGULAR_VELOCITY": 2},
+               "turn_right": {"ANGULAR_VELOCITY": -2}, "look_up": {"NECK_PITCH": -2},
+               "reach": {side + joint: s for side in ("LEFT_", "RIGHT_")
+                         for joint, s in (("SHOULDER_PITCH", 2), ("ELBOW_PITCH", -1))}}[name]
+    if targets.keys() - index.keys():
+        raise DataError(f"--actions {name} moves {', '.join(sorted(targets))}, but the joints of {clips.path} are "
+                        f"{', '.join(clips.names)}: use true, shuffled or frozen, or name the joints in metadata.json")
+    ramp = (torch.arange(1, len(a) - n_past + 1) / 4).clamp(max=1)
+    for joint, s in targets.items():
+        i = index[joint]
+        a[n_past:, i] += ramp * (mean[i] + s * std[i] - a[n_past:, i])
+    return a
+
+
+def to_latents(video, tokenizer):
+    """A clip as the reader gives it -> latents or ids with a batch axis: raw (F, H, W, 3) uint8 is encoded."""
+    if video.dtype == torch.uint8:
+        return tokenizer.encode(to_video(video[None]).to(next(tokenizer.parameters()).device))
+    return video[None].to(next(tokenizer.parameters()).device)
+
+
+@torch.no_grad()
+def continue_video(model, tokenizer, past, actions, windows=1, generator=None, **settings):
+    """past latents (B, [C,] T_p, H, W) + actions (B, 9 + 8 windows, A) -> frames (B, 8 windows, H, W, 3) uint8.
+    Later windows start from the last nine frames of the dream itself, encoded again."""
+    layout, frames, device = model.layout, [], next(model.parameters()).device
+    n_p, n_f = layout.lengths[2:]
+    for w in range(windows):
+        a = actions[:, w * n_f : w * n_f + n_p + n_f].to(device)
+        future = model.sample(past, a, generator=generator, **settings)
+        video = tokenizer.decode(torch.cat([past, future], dim=-3))
+        frames.append(to_uint8(video[:, :, -n_f:].cpu()))
+        if w + 1 < windows:
+            past = tokenizer.encode(video[:, :, -n_p:].clamp(-1, 1))
+    return torch.cat(frames, dim=1)
+
+
+def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1, **settings):
+    """For `num` clips spread over `clips`: a dict with context (n, 9, H, W, 3), truth, prediction and other
+    (n, 8 windows, H, W, 3), uint8. Same noise for prediction and other: only the actions differ."""
+    if num > len(clips):
+        raise DataError(f"--num {num} is more than the {len(clips)} validation clips of {clips.path}: give a smaller --num")
+    device = next(model.parameters()).device
+    n_p, n_f = model.layout.lengths[2:]
+    chosen = np.linspace(0, len(clips) - 1, num).round().astype(int).tolist()
+    out = {"context": [], "truth": [], "prediction": [], "other": []}
+    for j, i in enumerate(chosen):
+        clip = clips[i]
+        known = clip["actions"]
+        if windows > 1:
+            more = clips.more_actions(i, (windows - 1) * n_f)
+            missing = (windows - 1) * n_f - len(more)
+            if missing:
+                print(f"clip {i}: its recording ends {missing} frames before the rollout does; the robot holds still from there")
+            held = change_actions("frozen", torch.cat([known, more, known[-1:].expand(missing, -1)]), model, clips, n_p)
+            known = torch.cat([known, more, held[len(known) + len(more) :]])
+        another = clips[chosen[(j + 1) % num] if num > 1 else (i + len(clips) // 2) % len(clips)]["actions"]
+        another = torch.cat([another, another[-1:].expand(max(0, len(known) - len(another)), -1)])
+        different = change_actions(actions, known, model, clips, n_p, another)
+        z = to_latents(clip["video"], tokenizer)
+        past = z.narrow(z.ndim - 3, 0, model.layout.T_p).to(device)
+        for row, a in (("prediction", known), ("other", different)):
+            g = torch.Generator().manual_seed(seed + i)
+            out[row].append(continue_video(model, tokenizer, past, a[None], windows, g, **settings)[0])
+        raw = clip["video"] if clips.kind == "raw" else to_uint8(tokenizer.decode(z).cpu())[0]
+        out["context"].append(raw[:n_p])
+        out["truth"].append(raw[n_p:])
+    return {k: torch.stack(v).numpy() for k, v in out.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+LABELS = {"context": "context", "truth": "truth", "prediction": "prediction", "other": "other actions"}
+
+
+def picture_rows(dreams, other="other actions"):
+    """The dict of `dream` with frames enlarged to at least 128 pixels, and the rows' labels."""
+    zoom = max(1, 128 // dreams["context"].shape[2])
+    rows = {k: v.repeat(zoom, axis=2).repeat(zoom, axis=3) for k, v in dreams.items()}
+    return rows, dict(LABELS, other=other)
+
+
+def replace(file, write):
+    """Writes beside and renames."""
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    write(file + ".tmp")
+    os.replace(file + ".tmp", file)
+
+
+def save_gif(rows, file, hz=10):
+    """One line a clip: context | truth | prediction | other. All play the context first; the context then stands."""
+    frames, labels = rows
+    n, n_p, H, W, _ = frames["context"].shape
+    n_f, gap, top = frames["prediction"].shape[1], 4, 14
+    pictures = []
+    for t in range(n_p + n_f):
+        canvas = Image.new("RGB", (4 * (W + gap) - gap, top + n * (H + gap) - gap), "white")
+        draw = ImageDraw.Draw(canvas)
+        for col, key in enumerate(frames):
+            draw.text((col * (W + gap) + 2, 1), labels[key], fill="black")
+            for j in range(n):
+                later = frames[key] if key != "context" else frames["context"][:, -1:]
+                picture = frames["context"][j, t] if t < n_p else later[j, min(t - n_p, later.shape[1] - 1)]
+                canvas.paste(Image.fromarray(picture), (col * (W + gap), top + j * (H + gap)))
+        pictures.append(canvas.quantize(255))
+    replace(file, lambda f: pictures[0].save(f, format="GIF", save_all=True, append_images=pictures[1:], loop=0,
+                                             duration=[round(1000 / hz)] * (len(pictures) - 1) + [1000]))
+
+
+def save_png(rows, file):
+    """A strip for each clip: four rows of frames, time to the right; the last context frame stands above frame 0."""
+    frames, labels = rows
+    n, n_p, H, W, _ = frames["context"].shape
+    n_f, gap, left = frames["prediction"].shape[1], 2, 90
+    canvas = Image.new("RGB", (left + max(n_p, n_f) * (W + gap), n * (4 * (H + gap) + 10)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for j in range(n):
+        for r, key in enumerate(frames):
+            y = j * (4 * (H + gap) + 10) + r * (H + gap)
+            draw.text((4, y + H // 2 - 6), labels[key], fill="black")
+            for t, picture in enumerate(frames[key][j]):
+                canvas.paste(Image.fromarray(picture), (left + t * (W + gap), y))
+    replace(file, lambda f: canvas.save(f, format="PNG"))
+
+
+def export(saved, file):
+    """What sampling and scoring need, in half precision: the form of weights/."""
+    small = {k: saved[k] for k in ("config", "model_config", "tokenizer", "data", "step")}
+    small["ema"] = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in saved["ema"].items()}
+    replace(file, lambda f: torch.save(small, f))
+
+
+def settings_of(saved, args):
+    """The sampler's settings: the preset's, replaced by what was asked for."""
+    settings = dict(SAMPLING[saved["config"]["preset"], saved["config"]["model"]])
+    asked = {"masked": {"K": args.steps, "temperature": args.temperature}, "flow": {"steps": args.steps, "cfg": args.cfg}}
+    settings.update({k: v for k, v in asked[saved["config"]["model"]].items() if v is not None})
+    return settings
+
+
+def add_sampling_flags(p):
+    p.add_argument("--ckpt", required=True, help="checkpoint made by train.py, or a file of weights/")
+    p.add_argument("--data", default="", help="data folder; default: the checkpoint's own, or the built-in robot")
+    p.add_argument("--tokenizer", default="", help="default: the one that the checkpoint names")
+    p.add_argument("--steps", type=int, help="masked: refinement steps K per frame; flow: Euler steps; default: the preset's")
+    p.add_argument("--cfg", type=float, help="flow: scale of classifier-free guidance; 1 is none; default: the preset's")
+    p.add_argument("--temperature", type=float, help="masked: of the token distribution; 0 is argmax; default: the preset's")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_sampling_flags(args):
+    for name, low in (("steps", 1), ("num", 1), ("temperature", 0), ("rollout", 1)):
+        value = getattr(args, name, None)
+        if value is not None and value < low:
+            raise DataError(f"--{name} {value} makes no sense: give at least {low}")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sampling_flags(p)
+    p.add_argument("--out", default="", help="folder for dream.gif and dream.png; default: beside the checkpoint")
+    p.add_argument("--num", type=int, default=4, help="validation clips (default 4)")
+    p.add_argument("--rollout", type=int, default=1, help="windows of eight frames to dream one after the other (default 1)")
+    p.add_argument("--actions", default="shuffled", choices=ACTIONS, help="the last row's actions (default shuffled: another clip's)")
+    p.add_argument("--export", default="", metavar="FILE", help="only write FILE: the checkpoint without what training needs")
+    args = p.parse_args(argv)
+    try:
+        check_sampling_flags(args)
+        start = time.time()
+        if args.export:
+            export(read_checkpoint(args.ckpt), args.export)
+            print(f"wrote {args.export}: {os.path.getsize(args.export) / 1e6:.1f} MB")
+            return
+        model, saved = load_model(args.ckpt, args.device)
+        tokenizer, clips = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer), validation_clips(saved, args.data)
+        settings = settings_of(saved, args)
+        print(f"{saved['config']['model']} {saved['config']['variant']}, step {saved['step']}, on {args.device}: "
+              f"{args.num} clips of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")
+        rows = picture_rows(dream(model, tokenizer, clips, args.num, args.seed, args.actions, args.rollout, **settings),
+                            other=args.actions)
+        out = args.out or (os.path.join("out", "samples_" + os.path.basename(args.ckpt).removesuffix(".pt"))
+                           if os.path.dirname(os.path.abspath(args.ckpt)) == os.path.join(HERE, "weights") else
+                           os.path.join(os.path.dirname(args.ckpt), "samples"))
+        save_gif(rows, os.path.join(out, "dream.gif"), clips.hz)
+        save_png(rows, os.path.join(out, "dream.png"))
+        print(f"wrote {out}/dream.gif and {out}/dream.png in {time.time() - start:.0f} s")
+    except (DataError, TokenizerError, CheckpointError) as e:
+        sys.exit(f"sample.py: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,586 @@
+"""data.py: what a clip is, that video and actions stay aligned, and that broken input ends in a sentence."""
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+MAIN = os.path.dirname(os.path.abspath(data.__file__))
+FIXTURES = os.path.join(MAIN, "..", "shared", "fixtures")
+
+
+def frame(k, size=16):
+    """Frame k of the test video: uniform, and its red, green and blue spell k."""
+    return np.broadcast_to(np.uint8([k % 251, k // 251, 7]), (size, size, 3))
+
+
+def raw_split(folder, segments=((0, 60), (1, 45)), shards=(50, 55), A=25, size=16, flat=False, **meta):
+    """A raw split whose frame k shows k and whose state 0 is k; segments are (id, length)."""
+    n = sum(shards)
+    ids = np.concatenate([np.full(length, i) for i, length in segments])
+    assert len(ids) == n
+    states = np.random.default_rng(0).normal(size=(n, A)).astype(np.float32)
+    states[:, 0], states[:, 3 % A] = np.arange(n), 0.1
+    start = 0
+    for i, length in enumerate(shards):
+        own = slice(start, start + length)
+        video = np.stack([frame(k, size) for k in range(start, start + length)])
+        data.save_shard(folder, i, ".npy", video, states[own], ids[own])
+        start += length
+    meta = {"num_shards": len(shards), "query": None, "hz": 30, "num_images": n, **meta}
+    data.save(f"{folder}/metadata.json", meta)
+    if flat:
+        for sub in ("videos", "robot_states", "segment_indices", "metadata"):
+            for name in os.listdir(f"{folder}/{sub}"):
+                os.rename(f"{folder}/{sub}/{name}", f"{folder}/{name}")
+            os.rmdir(f"{folder}/{sub}")
+    return folder
+
+
+def token_split(folder, segments=((0, 30), (1, 44), (2, 19)), shards=(53, 40), **meta):
+    raw_split(folder, segments, shards, **meta)
+    for i, n in enumerate(shards):
+        os.remove(f"{folder}/videos/video_{i}.npy")
+        ids = np.random.default_rng(i).integers(0, 64_000, (-(-n // 17), 3, 32, 32))
+        ids[:, 0, 0, 0] = 1000 * i + np.arange(len(ids))
+        ids.astype("<i4").tofile(f"{folder}/videos/video_{i}.bin")
+    return folder
+
+
+def shown(video):
+    """The frame numbers that a raw clip shows."""
+    return video[:, 0, 0, 0].long() + 251 * video[:, 0, 0, 1].long()
+
+
+# ---- alignment (TRAPS 6) and windows (TRAPS 13)
+
+@pytest.mark.parametrize("stride, frame_stride", [(None, 1), (1, 1), (5, 2), (None, 3), (40, 1)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_frame_k_comes_with_action_k(tmp_path, stride, frame_stride, flat):
+    raw_split(tmp_path / "train_v2.0", flat=flat)
+    clips = data.open_clips(tmp_path, stride=stride, frame_stride=frame_stride)
+    assert clips.hz == 30 / frame_stride
+    starts = []
+    for batch in torch.utils.data.DataLoader(clips, batch_size=3):
+        for video, actions, i in zip(batch["video"], batch["actions"], batch["index"]):
+            assert torch.equal(shown(video), actions[:, 0].long())
+            assert (actions[:, 0].diff() == frame_stride).all()
+            starts.append(int(actions[0, 0]))
+            after = clips.more_actions(int(i), 1000)[:, 0]
+            end = 60 if starts[-1] < 60 else 105                       # of its segment
+            assert after.tolist() == list(range(starts[-1] + 17 * frame_stride, end, frame_stride))
+            assert torch.equal(clips.more_actions(int(i), 2)[:, 0], after[:2])
+    span, step = 16 * frame_stride + 1, stride or 17 * frame_stride
+    # frames 50.. are in the second shard, so that a window of the first segment crosses the border of files
+    assert starts == [*range(0, 60 - span + 1, step), *range(60, 105 - span + 1, step)]
+
+
+def test_workers_and_pickling_read_the_same(tmp_path):
+    clips = data.open_clips(raw_split(tmp_path / "val_v2.0"), "val")
+    copy = pickle.loads(pickle.dumps(clips))
+    for a, b in zip(torch.utils.data.DataLoader(clips, num_workers=2), torch.utils.data.DataLoader(copy)):
+        assert torch.equal(a["video"], b["video"]) and torch.equal(a["actions"], b["actions"])
+
+
+def test_token_clips_lie_in_one_segment(tmp_path):
+    """Segment 1 runs over the shard border, clips 1 cross a border of segments, last clips are padded."""
+    clips = data.open_clips(token_split(tmp_path / "train_v2.0"))
+    assert clips.kind == "discrete" and clips.shape == (3, 32, 32) and clips.vocab_size == 64_000
+    assert [int(c["video"][0, 0, 0]) for c in clips] == [0, 2, 1000]
+    assert [int(c["actions"][0, 0]) for c in clips] == [0, 34, 53]
+    assert clips.dropped == {"clips over a segment border": 2, "padded last clips": 2}
+    assert clips.where(2) == "shard 1, frames 0..16"
+    assert clips.more_actions(1, 99)[:, 0].tolist() == list(range(51, 74))
+
+
+def test_same_id_at_both_ends_is_not_one_segment(tmp_path):
+    clips = data.open_clips(token_split(tmp_path / "train_v2.0", ((4, 5), (9, 3), (4, 26)), (34,)))
+    assert [int(c["video"][0, 0, 0]) for c in clips] == [1]
+
+
+def test_opening_reads_no_tokens(tmp_path, monkeypatch):
+    """All but the first and last clip of a shard may be anything: they are checked when they are read."""
+    folder = token_split(tmp_path / "train_v2.0", ((0, 68),), (68,))
+    ids = np.memmap(f"{folder}/videos/video_0.bin", "<i4", "r+", shape=(4, 3, 32, 32))
+    ids[1, 2, 3, 4] = 64_000
+    clips = data.open_clips(tmp_path)
+    clips[0], clips[2]
+    with pytest.raises(data.DataError, match="video_0.bin has ids .* in clip 1"):
+        clips[1]
+
+
+@pytest.mark.skipif(not os.path.isdir(f"{FIXTURES}/1x_tokens"), reason="shared fixtures are not here")
+def test_shared_tokens():
+    found = data.info(f"{FIXTURES}/1x_tokens")
+    assert found["splits"]["train"]["clips"] == 3 and found["splits"]["val"]["clips"] == 2
+    assert (found["clips"], found["frames"], found["shards"], found["hz"]) == (5, 127, 3, 30)
+    assert found["constant"] == ["KNEE_PITCH", "ANKLE_ROLL", "ANKLE_PITCH"]
+
+
+@pytest.mark.skipif(not os.path.isdir(f"{FIXTURES}/raw_mp4"), reason="shared fixtures are not here")
+def test_shared_mp4():
+    av = pytest.importorskip("av")
+    with av.open(f"{FIXTURES}/raw_mp4/val_v2.0/video_0.mp4") as file:
+        frames = np.stack([f.to_ndarray(format="rgb24") for f in file.decode(video=0)])
+    clips = data.open_clips(f"{FIXTURES}/raw_mp4", "val", stride=1)
+    assert len(clips) == 24 + 17
+    for i in random.Random(0).sample(range(len(clips)), 10):
+        a = i if i < 24 else i + 16
+        assert (clips[i]["video"].numpy() == frames[a:a + 17]).all()
+    assert data.open_clips(f"{FIXTURES}/raw_mp4", "val", size=64)[0]["video"].shape == (17, 64, 64, 3)
+
+
+# ---- pixels: RGB stays RGB (TRAPS 20), the range, the resize
+
+def write_mp4(file, frames, **options):
+    av = pytest.importorskip("av")
+    with av.open(str(file), "w") as out:
+        stream = out.add_stream("libx264", rate=30, options={"crf": "10", **options})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        for f in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24")))
+        out.mux(stream.encode())
+
+
+def numbered(n, size=64):
+    """Frames that show their number through compression: bit b of k is the colour of stripe b."""
+    frames = np.zeros((n, size, size, 3), np.uint8)
+    for k in range(n):
+        for b in range(8):
+            frames[k, 8 * b:8 * b + 8] = 200 if k >> b & 1 else 30
+    return frames
+
+
+@pytest.mark.parametrize("options", [{"g": "12", "bf": "3"}, {"g": "250", "bf": "2"}, {"g": "1"},
+                                     {"g": "10", "bf": "3", "x264-params": "open-gop=1:b-adapt=0"},
+                                     {"g": "2", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}])
+def test_mp4_frames_by_number(tmp_path, options):
+    """B-frames; long, short, open groups of pictures: frame k is frame k in order, at random, in steps."""
+    write_mp4(tmp_path / "a.mp4", numbered(90), **options)
+    video, rng = data.Mp4(str(tmp_path / "a.mp4"), 90), random.Random(0)
+    reads = [np.arange(a, min(a + 17, 90)) for a in range(0, 90, 17)]
+    for _ in range(25):
+        first, step = rng.randrange(80), rng.choice([1, 2, 3])
+        reads.append(np.arange(first, min(90, first + 17 * step), step))
+    for index in reads:
+        bits = video[index][:, 4::8, 32, :].mean(-1) > 115
+        assert (bits @ (2 ** np.arange(8)) == index).all()
+
+
+@pytest.mark.parametrize("suffix", ["npy", "mp4", "png"])
+def test_red_stays_red(tmp_path, suffix):
+    folder = raw_split(tmp_path / "train_v2.0", ((0, 17),), (17,), size=64)
+    red = np.zeros((17, 64, 64, 3), np.uint8)
+    red[..., 0] = 220
+    os.remove(f"{folder}/videos/video_0.npy")
+    if suffix == "mp4":
+        write_mp4(f"{folder}/videos/video_0.mp4", red)
+    else:
+        np.save(f"{folder}/videos/video_0.npy", red)
+    video = data.open_clips(tmp_path, size=32)[0]["video"][None]
+    tensor = data.to_video(video)                                        # (1, 3, 17, 32, 32)
+    assert tensor[0, 0].min() > 0.6 and tensor[0, 1:].max() < -0.8
+    pixels = data.to_uint8(tensor)[0, 0].numpy()
+    if suffix == "png":
+        from PIL import Image
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    assert pixels[..., 0].min() > 205 and pixels[..., 1:].max() < 20
+
+
+def test_to_uint8_inverts_to_video():
+    frames = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(1, 2, 16, 16, 3)
+    assert torch.equal(data.to_uint8(data.to_video(frames)), frames)
+    assert data.to_video(frames).min() == -1 and data.to_video(frames).max() == 1
+    assert data.to_uint8(torch.full((1, 3, 1, 1, 1), 7.0)).unique().tolist() == [255]
+
+
+def test_resize_is_antialiased():
+    lines = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    lines[:, ::4] = 255                                                  # a quarter of the rows is white
+    small = data.resize(lines, 16)[0, 2:-2, 2:-2].float()
+    assert small.std() < 25 and abs(small.mean() - 64) < 8
+
+
+# ---- statistics (TRAPS 12)
+
+def test_statistics_are_those_of_usable_segments(tmp_path):
+    folder = raw_split(tmp_path / "train_v2.0", ((0, 60), (7, 10), (1, 40)), (50, 60))
+    files = [f"{folder}/robot_states/states_{i}.bin" for i in (0, 1)]
+    states = np.concatenate([np.fromfile(file, "<f4").reshape(-1, 25) for file in files])
+    states[:, 21:23] = np.abs(states[:, 21:23]) % 1
+    states[:, 5] = 1000 + np.float32(1e-4) * np.arange(110) % 2e-4       # constant up to float noise
+    states[60:70, 1] = 1e6                                               # a segment too short for a clip
+    for file, part in zip(files, (states[:50], states[50:])):
+        part.tofile(file)
+    clips = data.open_clips(tmp_path)
+    stats = data.action_statistics(clips)
+    used = np.delete(states, np.s_[60:70], 0).astype(np.float64)
+    usual = [j for j in range(25) if j not in (3, 5, 21, 22)]
+    assert np.allclose(stats["mean"][usual], used.mean(0)[usual], rtol=1e-5, atol=1e-6)
+    assert np.allclose(stats["std"][usual], used.std(0)[usual], rtol=1e-5)
+    actions = clips[0]["actions"]
+    z = data.normalise(actions, stats)
+    assert (z[:, 3] == 0).all() and z[:, 5].abs().max() < 1e-2           # constant dimensions
+    assert torch.equal(z[:, 21:23], actions[:, 21:23])                   # hand closures
+    assert torch.allclose(data.denormalise(z, stats), actions, atol=1e-4)
+
+
+def test_own_robot(tmp_path):
+    """7 states at 12.5 Hz with a gripper, from metadata alone."""
+    raw_split(tmp_path / "train_v2.0", A=7, hz=12.5, action_dim=7, names=list("abcdefg"), keep=[6])
+    clips = data.open_clips(tmp_path, frame_stride=2)
+    assert (clips.action_dim, clips.hz, clips.keep, clips.names) == (7, 6.25, (6,), tuple("abcdefg"))
+    stats = data.action_statistics(clips)
+    assert stats["mean"].shape == (7,) and stats["mean"][6] == 0 and stats["std"][6] == 1
+    assert data.info(tmp_path)["constant"] == ["d"]
+
+
+# ---- the built-in robot
+
+def test_synth_is_the_same_for_a_seed_and_resumes(tmp_path):
+    arguments = dict(frames=400, size=16, episode=40, progress=False, workers=2)
+    a = data.synth(str(tmp_path / "a"), **arguments, splits=("train",))
+    whole = tree(a)
+    shutil.copytree(a, tmp_path / "b")
+    os.remove(tmp_path / "b/train_v2.0/metadata.json")                   # as a kill leaves it
+    os.remove(tmp_path / "b/train_v2.0/videos/video_1.npy")
+    open(tmp_path / "b/train_v2.0/videos/video_1.npy.123.tmp", "w").close()
+    with pytest.raises(data.DataError, match="metadata.json is missing"):
+        data.open_clips(tmp_path / "b")
+    data.synth(str(tmp_path / "b"), **arguments, splits=("train",))
+    assert tree(tmp_path / "b") == whole
+    with pytest.raises(data.DataError, match="seed = 0, not 1"):
+        data.synth(str(tmp_path / "b"), **{**arguments, "seed": 1}, splits=("train",))
+    clips = data.open_clips(a)
+    assert clips.kind == "raw" and clips.hz == data.HZ and clips.names == data.JOINTS
+    assert len(clips) == 10 * 2 and clips.meta["robot"] == "built-in"
+    data.synth(str(tmp_path / "c"), **arguments, splits=("val",))
+    val = data.open_clips(tmp_path / "c", "val")
+    assert val.meta["num_images"] == 1700 and not np.array_equal(clips[0]["video"], val[0]["video"])
+
+
+# ---- encode
+
+FAKE_TOKENIZER = """
+import os, time, torch
+class TokenizerError(ValueError): pass
+class Fake:
+    spatial, temporal = 8, 8
+    def __init__(self, path):
+        self.kind = open(path).read().strip()
+        self.vocab_size, self.channels = 1000, 2
+    def encode(self, video):               # (B, 3, 17, H, W) -> a colour per 8 x 8 cell of frames 0, 8, 16
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        x = video[:, :, ::8, ::8, ::8]
+        return ((x[:, 0] + 1) * 127.5).round().long() if self.kind == "discrete" else x[:, :2]
+def load_tokenizer(path, device="cpu", dtype=torch.float32):
+    return Fake(path)
+"""
+
+
+def tree(folder):
+    """{relative path: bytes} of all files."""
+    return {os.path.relpath(os.path.join(d, f), folder): open(os.path.join(d, f), "rb").read()
+            for d, _, files in os.walk(folder) for f in files}
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A module in tokenizer.py's place, for this process and for subprocesses, and files of its two kinds."""
+    os.makedirs(tmp_path / "fake")
+    (tmp_path / "fake/tokenizer.py").write_text(FAKE_TOKENIZER)
+    for kind in ("discrete", "continuous"):
+        (tmp_path / f"fake/{kind}").write_text(kind)
+    module = types.ModuleType("tokenizer")
+    exec(FAKE_TOKENIZER, module.__dict__)
+    monkeypatch.setitem(sys.modules, "tokenizer", module)
+    return tmp_path / "fake"
+
+
+@pytest.mark.parametrize("kind", ["discrete", "continuous"])
+@pytest.mark.parametrize("stride, frame_stride", [(None, 1), (7, 1), (None, 2)])
+def test_cache_reads_like_a_data_folder(tmp_path, fake, monkeypatch, kind, stride, frame_stride):
+    """Every latent frame 0, 1, 2 shows the number that actions 0, 8, 16 of its clip say."""
+    monkeypatch.setattr(data, "CLIPS_PER_SHARD", 3)
+    raw_split(tmp_path / "raw/train_v2.0", ((0, 60), (1, 5), (0, 40)), (50, 55), keep=[2], size=16)
+    data.encode(str(tmp_path / "raw"), str(fake / kind), str(tmp_path / "out"), stride=stride,
+                frame_stride=frame_stride, batch=2, progress=False)
+    raw = data.open_clips(tmp_path / "raw", stride=stride, frame_stride=frame_stride)
+    clips = data.open_clips(tmp_path / "out", frame_stride=frame_stride)
+    assert (clips.kind, len(clips), clips.hz, clips.keep) == (kind, len(raw), 30 / frame_stride, (2,))
+    for a, b in zip(raw, clips):
+        assert torch.equal(a["actions"], b["actions"])
+        shows = b["video"][:, 0, 0] if kind == "discrete" else (b["video"][0, :, 0, 0] + 1) * 127.5
+        assert torch.allclose(shows.float(), b["actions"][::8, 0], atol=0.1)
+        more = clips.more_actions(b["index"], 9)                         # never over a border or an overlap
+        assert torch.equal(more, raw.more_actions(b["index"], 9)[:len(more)])
+    assert len(clips.more_actions(0, 9)) == (0 if stride else 9 if frame_stride == 1 else 0)
+    assert data.info(tmp_path / "out")["clips"] == len(raw)
+    if kind == "continuous":
+        x = torch.stack([c["video"] for c in clips])
+        assert np.allclose(clips.meta["latent_mean"], x.mean((0, 2, 3, 4)), atol=1e-3)
+        assert np.allclose(clips.meta["latent_std"], x.std((0, 2, 3, 4), correction=0), atol=1e-3)
+
+
+def encode_process(fake, raw, out, rank=0, world=1, slow=0.0):
+    code = textwrap.dedent(f"""
+        import sys; sys.path[:0] = [{str(fake)!r}, {MAIN!r}]
+        import data; data.CLIPS_PER_SHARD = 4
+        data.main(["encode", "--data", {str(raw)!r}, "--tokenizer", {str(fake / 'discrete')!r},
+                   "--out", {str(out)!r}, "--stride", "2", "--batch", "2"])""")
+    env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "SLOW": str(slow)}
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE)
+
+
+def test_encode_survives_kill_9_and_two_ranks(tmp_path, fake):
+    """Killed twice in the middle and finished, and done by two ranks: the bytes of an undisturbed run."""
+    raw_split(tmp_path / "raw/train_v2.0")
+    whole, killed, ranks = (tmp_path / d for d in ("whole", "killed", "ranks"))
+    jobs = [encode_process(fake, tmp_path / "raw", whole),
+            encode_process(fake, tmp_path / "raw", ranks, rank=1, world=2),
+            encode_process(fake, tmp_path / "raw", ranks, rank=0, world=2)]
+    for seen in (1, 4):
+        job = encode_process(fake, tmp_path / "raw", killed, slow=0.1)
+        while len(list(killed.glob("*/metadata/*.json"))) < seen and job.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.13)
+        job.kill()
+        job.wait()
+        assert not (killed / "train_v2.0/metadata.json").exists()
+        with pytest.raises(data.DataError, match="metadata.json is missing"):
+            data.open_clips(killed)
+    (killed / "train_v2.0/videos/video_9.bin.1.tmp").write_text("what a kill in the middle of a write leaves")
+    jobs.append(encode_process(fake, tmp_path / "raw", killed))
+    assert [job.wait(60) for job in jobs] == [0, 0, 0, 0]
+    assert tree(killed) == tree(whole) and tree(ranks) == tree(whole)
+    assert len(data.open_clips(whole)) == len(data.open_clips(tmp_path / "raw", stride=2))
+
+
+def encode_message(tmp_path, fake, *options, tokenizer="discrete"):
+    with pytest.raises(SystemExit) as e:
+        data.main(["encode", "--data", str(tmp_path / "raw"), "--tokenizer", str(fake / tokenizer),
+                   "--out", str(tmp_path / "out"), *options])
+    return one_sentence(e.value.code)
+
+
+def test_encode_refuses(tmp_path, fake, monkeypatch):
+    raw_split(tmp_path / "raw/train_v2.0", ((0, 17),), (17,), size=24)
+    encode = ["encode", "--data", str(tmp_path / "raw"), "--tokenizer", str(fake / "discrete"),
+              "--out", str(tmp_path / "out")]
+    data.main(encode)
+    data.main(encode)                                                    # nothing left to do
+    assert "tokenizer_sha256" in encode_message(tmp_path, fake, tokenizer="continuous")
+    assert "--batch" in encode_message(tmp_path, fake, "--batch", "0")
+    assert "--device" in encode_message(tmp_path, fake, "--device", "abacus")
+    assert "no clip of 17 frames" in encode_message(tmp_path, fake, "--frame_stride", "2")
+    assert "size = 24, not 16" in encode_message(tmp_path, fake, "--size", "16")
+    assert "ask for size 16 or 24" in encode_message(tmp_path, fake, "--size", "20")
+    assert "nothing.pt cannot be read" in encode_message(tmp_path, fake, tokenizer="nothing.pt")
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    shutil.rmtree(tmp_path / "out")
+    assert "GB free" in encode_message(tmp_path, fake)
+    monkeypatch.undo()
+
+
+# ---- broken input: each one sentence that names the file
+
+def one_sentence(message):
+    assert isinstance(message, str) and message.startswith("data.py: ")
+    assert "\n" not in message and "Traceback" not in message
+    assert ": " in message[9:] and 40 < len(message) < 600                # what is wrong: the way out
+    return message
+
+
+def set_key(file, key, value):
+    def change(folder):
+        meta = json.load(open(f"{folder}/{file}"))
+        meta[key] = value
+        json.dump({k: v for k, v in meta.items() if v is not KeyError}, open(f"{folder}/{file}", "w"))
+    return change
+
+
+def set_value(file, dtype, position, value):
+    def change(folder):
+        np.memmap(f"{folder}/{file}", dtype, "r+")[position] = value
+    return change
+
+
+def append(file, content=b"\0\0\0\0"):
+    return lambda folder: open(f"{folder}/{file}", "ab").write(content)
+
+
+def cut(file, n=4):
+    return lambda folder: os.truncate(f"{folder}/{file}", os.path.getsize(f"{folder}/{file}") - n)
+
+
+def replace(file, content):
+    return lambda folder: open(f"{folder}/{file}", "wb").write(content)
+
+
+def remove(file):
+    return lambda folder: os.remove(f"{folder}/{file}")
+
+
+def video_of(shape, dtype=np.uint8):
+    return lambda folder: np.save(f"{folder}/videos/video_0.npy", np.zeros(shape, dtype))
+
+
+def pickled(folder):
+    np.save(f"{folder}/videos/video_0.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+BROKEN_TOKENS = {
+    "tokens cut": (cut("videos/video_0.bin"), "video_0.bin"),
+    "tokens too long": (append("videos/video_1.bin"), "video_1.bin"),
+    "tokens empty": (replace("videos/video_1.bin", b""), "video_1.bin"),
+    "id 64000": (set_value("videos/video_0.bin", "<i4", 3072 + 5, 64_000), "video_0.bin"),
+    "id -1": (set_value("videos/video_1.bin", "<i4", -1, -1), "video_1.bin"),
+    "states cut": (cut("robot_states/states_0.bin"), "states_0.bin"),
+    "NaN state": (set_value("robot_states/states_1.bin", "<f4", 777, np.nan), "states_1.bin"),
+    "infinite state": (set_value("robot_states/states_0.bin", "<f4", 3, np.inf), "states_0.bin"),
+    "segments cut": (cut("segment_indices/segment_idx_0.bin"), "segment_idx_0.bin"),
+    "segments missing": (remove("segment_indices/segment_idx_1.bin"), "segment_idx_1.bin"),
+    "shard missing": (remove("videos/video_1.bin"), "video_1.bin"),
+    "states missing": (remove("robot_states/states_0.bin"), "states_0.bin"),
+    "shard metadata missing": (remove("metadata/metadata_1.json"), "metadata_1.json"),
+    "shard metadata of another": (set_key("metadata/metadata_1.json", "shard_ind", 0), "metadata_1.json"),
+    "shard path leaves": (set_key("metadata/metadata_1.json", "shard_ind", "../../x"), "metadata_1.json"),
+    "shard length": (set_key("metadata/metadata_0.json", "shard_num_frames", 54), "states_0.bin"),
+    "negative length": (set_key("metadata/metadata_0.json", "shard_num_frames", -53), "metadata_0.json"),
+    "length a string": (set_key("metadata/metadata_0.json", "shard_num_frames", "53"), "metadata_0.json"),
+    "length missing": (set_key("metadata/metadata_0.json", "shard_num_frames", KeyError), "metadata_0.json"),
+    "one shard too many": (set_key("metadata.json", "num_shards", 3), "metadata_2.json"),
+    "one shard too few": (set_key("metadata.json", "num_shards", 1), "metadata.json"),
+    "negative shards": (set_key("metadata.json", "num_shards", -1), "metadata.json"),
+    "frames in total": (set_key("metadata.json", "num_images", 92), "metadata.json"),
+    "hz 0": (set_key("metadata.json", "hz", 0), "metadata.json"),
+    "hz a string": (set_key("metadata.json", "hz", "30"), "metadata.json"),
+    "hz NaN": (set_key("metadata.json", "hz", float("nan")), "metadata.json"),
+    "hz missing": (set_key("metadata.json", "hz", KeyError), "metadata.json"),
+    "not JSON": (replace("metadata.json", b"{'num_shards': 1}"), "metadata.json"),
+    "not text": (replace("metadata.json", b"\xff\xfe\x00"), "metadata.json"),
+    "JSON but a list": (replace("metadata.json", b"[1, 2]"), "metadata.json"),
+    "other kind": (set_key("metadata.json", "kind", "analog"), "metadata.json"),
+    "clip shape": (set_key("metadata.json", "clip_shape", [3, -32, 32]), "metadata.json"),
+    "T not 1 + 8n": (set_key("metadata.json", "clip_shape", [2, 32, 48]), "metadata.json"),
+    "raw beside tokens": (append("videos/video_0.npy"), "video_0.npy"),
+}
+BROKEN_RAW = {
+    "npy cut": (cut("videos/video_0.npy"), "video_0.npy"),
+    "npy no header": (replace("videos/video_0.npy", b"abc"), "video_0.npy"),
+    "npy empty": (replace("videos/video_0.npy", b""), "video_0.npy"),
+    "npy pickle": (pickled, "video_0.npy"),
+    "npy float": (video_of((50, 16, 16, 3), np.float32), "video_0.npy"),
+    "npy grey": (video_of((50, 16, 16)), "video_0.npy"),
+    "npy short": (video_of((49, 16, 16, 3)), "video_0.npy"),
+    "not square": (video_of((50, 16, 24, 3)), "video_0.npy"),
+    "shards of two sizes": (video_of((50, 24, 24, 3)), "video_1.npy"),
+    "action_dim": (set_key("metadata.json", "action_dim", 7), "states_0.bin"),
+    "action_dim negative": (set_key("metadata.json", "action_dim", -25), "metadata.json"),
+    "names": (set_key("metadata.json", "names", ["a", "b"]), "metadata.json"),
+    "keep": (set_key("metadata.json", "keep", [25]), "metadata.json"),
+}
+
+
+@pytest.mark.parametrize("make, case", [*((token_split, case) for case in BROKEN_TOKENS),
+                                        *((raw_split, case) for case in BROKEN_RAW)])
+def test_broken_folder(tmp_path, make, case):
+    change, name = {**BROKEN_TOKENS, **BROKEN_RAW}[case]
+    folder = make(tmp_path / "train_v2.0")
+    data.main(["info", str(tmp_path), "--json"])                         # whole before
+    change(folder)
+    with pytest.raises(SystemExit) as e:
+        data.main(["info", str(tmp_path)])
+    assert name in one_sentence(e.value.code)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video", None])
+def test_broken_mp4(tmp_path, content):
+    """Empty, no video at all, and one frame fewer than states."""
+    folder = raw_split(tmp_path / "train_v2.0", ((0, 20),), (20,))
+    os.remove(f"{folder}/videos/video_0.npy")
+    file = f"{folder}/videos/video_0.mp4"
+    write_mp4(file, numbered(19))
+    if content is not None:
+        open(file, "wb").write(content)
+    with pytest.raises(SystemExit) as e:
+        data.main(["info", str(tmp_path)])
+    assert "video_0.mp4" in one_sentence(e.value.code)
+
+
+def test_mp4_damaged_in_the_middle(tmp_path):
+    folder = raw_split(tmp_path / "train_v2.0", ((0, 80),), (80,))
+    os.remove(f"{folder}/videos/video_0.npy")
+    file = f"{folder}/videos/video_0.mp4"
+    write_mp4(file, np.random.default_rng(0).integers(0, 255, (80, 64, 64, 3), dtype=np.uint8), g="10")
+    clips = data.open_clips(tmp_path)
+    with open(file, "r+b") as f:
+        f.seek(os.path.getsize(file) // 4)
+        f.write(bytes(os.path.getsize(file) // 2))
+    with pytest.raises(data.DataError, match="video_0.mp4"):
+        [clips[i] for i in range(len(clips))]
+
+
+def test_paths_that_are_no_data_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    raw_split(tmp_path / "both/train_v2.0")
+    raw_split(tmp_path / "both/train_v2.0_raw")
+    for path in ("nothing", "file", "empty", "both"):
+        with pytest.raises(SystemExit) as e:
+            data.main(["info", str(tmp_path / path)])
+        assert str(tmp_path / path) in one_sentence(e.value.code)
+
+
+def test_split_is_never_taken_for_the_other(tmp_path):
+    train = raw_split(tmp_path / "train_v2.0_raw")
+    with pytest.raises(data.DataError, match="holds no val split"):
+        data.open_clips(train, "val")
+    val = raw_split(tmp_path / "val_v2.0_raw")
+    for path in (train, val, tmp_path):
+        assert data.open_clips(path, "val").path == str(val)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(frames=16), "9 or 17"), (dict(frames=18), "17 or 25"), (dict(frames=0), "frames is 0"),
+    (dict(size=20), "16 or 24"), (dict(size=-8), "size is -8"), (dict(stride=-3), "stride is -3"),
+    (dict(frame_stride=0), "frame_stride is 0"), (dict(frame_stride=50), "no clip of 17 frames")])
+def test_open_options(tmp_path, options, message):
+    raw_split(tmp_path / "train_v2.0")
+    with pytest.raises(data.DataError, match=message):
+        data.open_clips(tmp_path, **options)
+
+
+def test_token_clips_cannot_be_cut_again(tmp_path):
+    token_split(tmp_path / "train_v2.0")
+    for options in (dict(frames=9), dict(frame_stride=2)):
+        with pytest.raises(data.DataError, match="encode the raw video again"):
+            data.open_clips(tmp_path, **options)
+
+
+def test_a_shard_that_breaks_later_is_named(tmp_path):
+    folder = token_split(tmp_path / "train_v2.0")
+    clips = data.open_clips(tmp_path)
+    cut("videos/video_1.bin", 5000)(folder)
+    clips[0]
+    with pytest.raises(data.DataError, match="video_1.bin has"):
+        clips[2]
+
+
+def test_help_shows_an_example(capsys):
+    for command in ([], ["synth"], ["encode"], ["info"]):
+        with pytest.raises(SystemExit) as e:
+            data.main([*command, "--help"])
+        assert e.value.code == 0 and "data.py" in capsys.readouterr().out

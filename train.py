@@ -1,0 +1,493 @@
+"""Trains Masked-HWM or Flow-HWM: a straight script, for one process or many.
+
+    python train.py --model flow --variant full                                # laptop, the built-in robot
+    torchrun --nproc_per_node=2 train.py --model flow --variant full           # the same on two processes
+    torchrun --nproc_per_node=2 train.py --model masked --variant base --data 1x/tokens     # the paper, on two GPUs
+
+With no data it draws the built-in robot, encodes it with the shipped tokenizer, and trains the `tiny` preset; with a
+1X folder and a GPU it trains the paper's model. OUT receives ckpt.pt (replaced atomically), log.jsonl and samples/*.gif.
+
+Everything random is a function of (seed, position): position p = step * batch + i names one clip and its noise (class
+Stream). So a run is the same however its batch is divided among processes and micro-batches, and resuming at step n is
+reading on at position n * batch.
+"""
+import argparse
+import contextlib
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from blocks import VARIANTS
+from data import FRAMES, DataError, action_statistics, encode, fingerprint, open_clips, synth
+from sample import MODELS, CheckpointError, dream, load_tokenizer_for, picture_rows, read_checkpoint, save_gif
+from tokenizer import TokenizerError
+
+
+@dataclass
+class TrainConfig:
+    model: str = "flow"  # masked or flow
+    variant: str = "full"  # base, split, modality or full
+    preset: str = "auto"  # tiny, paper, or auto: paper where a CUDA device and a 1X data folder are found, else tiny
+    data: str = ""  # folder of tokens, latents or raw video; default: the built-in robot in data/robot
+    tokenizer: str = ""  # file or folder; default: the one the data was encoded with, or the shipped one
+    out: str = ""  # default: out/MODEL_VARIANT
+    steps: int = 0  # optimiser steps; 0: the preset's
+    batch: int = 0  # clips per step, over all processes and micro-batches; 0: the preset's
+    accum: int = 1  # micro-batches that each process divides its share of a batch into
+    lr: float = 0.0  # peak learning rate; 0: the preset's
+    warmup: int = -1  # steps of linear warm-up; -1: the preset's
+    decay: str = ""  # linear or cosine, to zero at the last step; default: the preset's
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0  # largest norm of the gradient
+    ema: float = 0.999  # decay of the averaged weights that samples are drawn from; 0: no average
+    seed: int = 0
+    dtype: str = "auto"  # float32, bfloat16, or auto: whichever this machine multiplies faster
+    compile: bool = False  # torch.compile the blocks
+    shard: bool = False  # FSDP2: parameters, gradients and optimiser divided among the processes
+    encode: bool = False  # allow encoding a raw --data folder into DATA_discrete or DATA_continuous first
+    resume: bool = False  # continue OUT/ckpt.pt
+    stop_after: int = 0  # end after this step as if interrupted; the schedule stays that of --steps
+    workers: int = 0  # processes that load data ahead
+    log_every: int = 20
+    save_every: int = 500
+    sample_every: int = 1000  # steps between sample GIFs; 0: only at the end
+    frames: int = 20_000  # of the built-in robot, drawn when it is missing
+
+
+PRESETS = {  # Sec. 3.1 and 3.2 for `paper`; `tiny` is measured for a quarter of an hour on two cores
+    ("paper", "masked"): dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear"),
+    ("paper", "flow"): dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine"),
+    ("tiny", "masked"): dict(steps=1500, batch=16, lr=1e-3, warmup=50, decay="cosine"),
+    ("tiny", "flow"): dict(steps=1500, batch=16, lr=1e-3, warmup=50, decay="cosine"),
+}
+KIND = {"masked": "discrete", "flow": "continuous"}
+SHIPPED = {"masked": "weights/tokenizer_dv_tiny.pt", "flow": "weights/tokenizer_cv_tiny.pt"}
+ROBOT, ROBOT_STRIDE = "data/robot", 3
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: position -> clip and noise
+
+
+class Stream(Dataset):
+    """The endless training stream. Item p is the p-th clip trained on, and everything random in its loss."""
+
+    def __init__(self, clips, draw, seed):
+        self.clips, self.draw, self.seed, self.epoch, self.order = clips, draw, seed, -1, None
+
+    def clip_index(self, p):
+        epoch, i = divmod(p, len(self.clips))
+        if epoch != self.epoch:  # every epoch is a permutation of its own
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.clips), generator=generator)
+        return int(self.order[i])
+
+    def __getitem__(self, p):
+        clip = self.clips[self.clip_index(p)]
+        noise = torch.Generator().manual_seed((self.seed << 40) + p)
+        return clip["video"], clip["actions"], self.draw(noise)
+
+
+def positions(config, step, rank, world):
+    """Positions of every micro-batch of one process, from `step` on: [[p, ...], ...], one list a micro-batch."""
+    share = config.batch // (world * config.accum)
+    while True:
+        for m in range(config.accum):
+            first = step * config.batch + (m * world + rank) * share
+            yield list(range(first, first + share))
+        step += 1
+
+
+def prepare_data(config, say):
+    """Makes what is missing and returns the folder of tokens or latents to train on, with its tokenizer's path."""
+    kind, folder = KIND[config.model], config.data or ROBOT
+    tokenizer = config.tokenizer or os.path.join(HERE, SHIPPED[config.model])
+    if not config.data and rank_and_world()[0] == 0:
+        synth(folder, frames=config.frames)
+    barrier()
+    clips = open_clips(folder, "train")
+    if clips.kind == "raw":
+        cache = f"{folder.rstrip('/')}_{kind}"
+        if config.data and not config.encode:
+            raise DataError(f"{folder} holds raw video: add --encode to have it encoded into {cache} with {tokenizer}, or run "
+                            f"`python data.py encode --data {folder} --tokenizer {tokenizer} --out {cache}` and train on that")
+        say(f"encoding {folder} with {tokenizer} into {cache}")
+        for split, stride in (("train", None if config.data else ROBOT_STRIDE), ("val", None)):
+            encode(folder, tokenizer, cache, stride=stride, splits=(split,), device=device_of()[0],
+                   progress=rank_and_world()[0] == 0)
+        barrier()
+        folder, clips = cache, open_clips(cache, "train")
+    if clips.kind != kind:
+        raise DataError(f"{folder} holds {clips.kind} latents, but --model {config.model} is trained on {kind} ones: give a "
+                        f"folder encoded with a {kind} tokenizer, or --model {'flow' if config.model == 'masked' else 'masked'}")
+    return folder, config.tokenizer or clips.meta.get("tokenizer", {}).get("path", "")
+
+
+def portable(path):
+    """Paths inside this repository are kept relative to it, so that a checkpoint can move to another clone."""
+    inside = os.path.abspath(path).startswith(HERE + os.sep) if path else False
+    return os.path.relpath(os.path.abspath(path), HERE) if inside else path
+
+
+def describe_data(config, folder, clips):
+    """What a checkpoint says of its data, so that sample.py and evaluate.py find it, or draw the built-in robot again."""
+    about = {"path": folder, "source": clips.meta.get("source", ""), "size": clips.meta.get("size"),
+             "frame_stride": clips.meta.get("frame_stride", 1)}
+    if not config.data:
+        about.update(source=ROBOT, built_in={"frames": config.frames})
+    return about
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small helpers: processes, device, number type, schedule
+
+
+def rank_and_world():
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def device_of():
+    """("cuda" or "cpu", this process's torch.device)"""
+    if torch.cuda.is_available():
+        return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return "cpu", torch.device("cpu")
+
+
+def faster_dtype(kind, device):
+    """bfloat16 where a matrix product in it is at least 1.3 times as fast here as in float32, by measurement."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(256, 256, device=device).to(dtype)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(2 if kind == "cpu" else 20):
+            a = a @ a
+        a.sum().item()
+        seconds[dtype] = time.perf_counter() - start
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
+
+
+def learning_rate(config, step):
+    """Of the update that makes step -> step + 1; zero would be that of update number `steps`."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def peak_gb(kind):
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(file, model, optimizer, ema, step, config, about):
+    """One file with all that resuming, sampling and scoring need; written beside and renamed, the previous one kept as
+    ckpt_previous.pt. Every process takes part (with --shard each holds a piece), rank 0 writes."""
+    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    averaged = full(ema)
+    if rank_and_world()[0] == 0:
+        saved = {"model": weights, "ema": averaged, "optimizer": moments, "step": step, "rng": torch.get_rng_state(),
+                 "config": asdict(config), **about}
+        torch.save(saved, file + ".tmp")
+        if os.path.exists(file):
+            os.replace(file, file.replace(".pt", "_previous.pt"))
+        os.replace(file + ".tmp", file)
+    barrier()
+
+
+def full(state):
+    """Tensors as rank 0 saves them: whole and on the CPU."""
+    return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().to("cpu", copy=True) for k, v in state.items()}
+
+
+def resume(file, model, optimizer, ema, config, about):
+    """Puts the state of a checkpoint back; a run that differs in anything that changes its course is refused."""
+    previous = file.replace(".pt", "_previous.pt")
+    try:
+        saved = read_checkpoint(file)
+    except CheckpointError as e:
+        if not os.path.exists(previous):
+            raise
+        print(f"{e}; going on from {previous}")
+        saved = read_checkpoint(previous)
+    free = {"resume", "stop_after", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard", "dtype",
+            "encode", "accum", "preset"}
+    old, new = {**saved["config"], **saved["model_config"]}, {**asdict(config), **about["model_config"]}
+    differ = [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
+    if differ:
+        raise CheckpointError(f"{file} is of another run: {'; '.join(differ)}; give the same flags, or another --out")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+    for k, v in ema.items():
+        if hasattr(v, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+            v.copy_(distribute_tensor(saved["ema"][k].to(v.device), v.device_mesh, v.placements))
+        else:
+            v.copy_(saved["ema"][k])
+    return saved["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def settle(config, say):
+    """Fills in what the preset decides. The first line printed says which preset, and why."""
+    has_gpu, why = torch.cuda.is_available(), ""
+    if config.preset == "auto":
+        is_1x = bool(config.data) and "robot" not in open_clips(config.data, "train").meta
+        config.preset = "paper" if has_gpu and is_1x else "tiny"
+        why = (f" ({'a' if has_gpu else 'no'} CUDA device, "
+               f"{'data in ' + config.data if config.data else 'no --data: the built-in robot'})")
+    say(f"preset {config.preset}{why}: --model {config.model} --variant {config.variant}")
+    for name, value in PRESETS[config.preset, config.model].items():
+        if getattr(config, name) in (0, 0.0, -1, ""):
+            setattr(config, name, value)
+    config.out = config.out or f"out/{config.model}_{config.variant}"
+    _, world = rank_and_world()
+    if config.batch % (world * config.accum):
+        raise DataError(f"--batch {config.batch} cannot be divided into {world} processes x --accum {config.accum}: give a "
+                        f"multiple of {world * config.accum}")
+
+
+def model_config(config, clips):
+    """The preset's sizes, with what the data decides: frame size, vocabulary or channels, number of actions."""
+    _, Config, presets = MODELS[config.model]
+    chosen = dict(presets[config.preset], variant=config.variant, action_dim=clips.action_dim)
+    shape, tokenizer = clips.shape, clips.meta.get("tokenizer", {})
+    chosen.update(H=shape[-2], W=shape[-1], temporal=tokenizer.get("temporal", 8))
+    chosen["T_p"] = 1 + (9 - 1) // chosen["temporal"]
+    chosen["T_f"] = shape[-3] - chosen["T_p"]
+    if config.model == "masked":
+        chosen["vocab_size"] = clips.vocab_size
+    else:
+        chosen["channels"] = shape[0]
+    return Config(**chosen)
+
+
+def new_run_folder(config, say):
+    """An earlier run in --out is kept under another name: nothing on disk is lost."""
+    if os.path.exists(os.path.join(config.out, "ckpt.pt")) and not config.resume:
+        n = next(i for i in range(1, 10_000) if not os.path.exists(f"{config.out}.{i}"))
+        os.rename(config.out, f"{config.out}.{n}")
+        say(f"{config.out} already held a run; it is now {config.out}.{n}")
+    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
+
+
+def train(config):
+    rank, world = rank_and_world()
+    kind, device = device_of()
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1 or config.shard:
+        if world == 1:
+            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    say = print if rank == 0 else (lambda *_: None)
+
+    # what to train on, and what to train
+    settle(config, say)
+    folder, tokenizer_path = prepare_data(config, say)
+    clips = open_clips(folder, "train")
+    sizes = model_config(config, clips)
+    torch.manual_seed(config.seed)
+    model = MODELS[config.model][0](sizes).to(device)
+    actions = action_statistics(clips)
+    if config.model == "flow":
+        model.set_statistics(actions["mean"], actions["std"], torch.tensor(clips.meta["latent_mean"]),
+                             torch.tensor(clips.meta["latent_std"]))
+    else:
+        model.set_statistics(actions["mean"], actions["std"])
+    n = sum(p.numel() for p in model.parameters())
+    about = {"model_config": asdict(sizes), "data": describe_data(config, folder, clips),
+             "tokenizer": dict(clips.meta.get("tokenizer", {}), path=portable(tokenizer_path))}
+
+    # how
+    dtype = faster_dtype(kind, device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    if dist.is_initialized():  # all processes follow rank 0's measurement
+        choice = torch.tensor([dtype == torch.bfloat16], device=device, dtype=torch.int)
+        dist.broadcast(choice, 0)
+        dtype = torch.bfloat16 if choice.item() else torch.float32
+    autocast = torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    runner = model
+    if config.shard:
+        from torch.distributed.fsdp import fully_shard
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    elif world > 1:
+        runner = DistributedDataParallel(model, device_ids=[device.index] if kind == "cuda" else None,
+                                         gradient_as_bucket_view=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    if rank == 0:
+        new_run_folder(config, say)
+    barrier()
+    file, step = os.path.join(config.out, "ckpt.pt"), 0
+    if config.resume:
+        step = resume(file, model, optimizer, ema, config, about)
+        say(f"resuming {file} at step {step}")
+    say(f"{config.model} {config.variant}: {n / 1e6:.1f} M parameters, {len(clips)} clips of {folder}, {config.steps} steps of "
+        f"{config.batch} clips on {world} x {kind}, {str(dtype)[6:]}, to {config.out}")
+
+    stream = Stream(clips, model.draw, config.seed)
+    loader = iter(DataLoader(stream, batch_sampler=positions(config, step, rank, world), num_workers=config.workers,
+                             pin_memory=kind == "cuda"))
+    stop = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(True))
+    bar = tqdm(total=config.steps, initial=step, desc="training", disable=rank > 0)
+    start, waited, flops = time.perf_counter(), 0.0, 0
+    last = config.stop_after or config.steps
+
+    while step < min(last, config.steps):
+        lr = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros(3, device=device)  # sum of losses, their number, and whether anyone was asked to stop
+        for m in range(config.accum):
+            before = time.perf_counter()
+            video, action, draws = next(loader)
+            video, action = video.to(device, non_blocking=True), action.to(device, non_blocking=True)
+            draws = {k: v.to(device, non_blocking=True) for k, v in draws.items()}
+            waited += time.perf_counter() - before
+            final = m == config.accum - 1
+            if config.shard:
+                model.set_requires_gradient_sync(final)
+            counter = FlopCounterMode(display=False) if not flops and not config.compile else contextlib.nullcontext()
+            with counter, runner.no_sync() if isinstance(runner, DistributedDataParallel) and not final else contextlib.nullcontext():
+                with autocast:
+                    loss, count = runner(video, action, draws)
+                loss.backward()
+            flops = flops or (counter.get_total_flops() / len(video) if isinstance(counter, FlopCounterMode) else 0)
+            total += torch.stack([loss.detach().float(), count.float(), torch.zeros_like(loss.detach(), dtype=torch.float32)])
+        total[2] = len(stop)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        mean = (total[0] / total[1]).item()
+        # backward made sums, averaged over processes: turn them into the gradient of the mean
+        grads = [p.grad for p in trained if p.grad is not None]
+        torch._foreach_mul_(grads, world / total[1].item())
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            first = step * config.batch
+            names = ", ".join(clips.where(stream.clip_index(p)) for p in range(first, first + min(config.batch, 4)))
+            raise DataError(f"loss {mean} and gradient norm {norm} at step {step}; the checkpoint in {config.out} is left as it "
+                            f"was; the batch began with {names}: look at these clips, or lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if config.ema:
+            decay = min(config.ema, (1 + step) / (10 + step))  # a young average forgets quickly
+            current = model.state_dict()
+            floats = [k for k in ema if ema[k].is_floating_point()]
+            torch._foreach_lerp_([ema[k] for k in floats], [current[k].detach() for k in floats], 1 - decay)
+        bar.update()
+
+        interrupted, done = total[2].item() > 0 or step == config.stop_after, step == config.steps
+        if step % config.log_every == 0 or interrupted or done:
+            seconds = time.perf_counter() - start
+            steps = config.log_every if step % config.log_every == 0 else step % config.log_every
+            rate = steps * config.batch / seconds
+            line = {"step": step, "loss": mean, "lr": lr, "grad_norm": norm, "samples_per_s": rate,
+                    "tflops": flops * rate / 1e12, "peak_gb": peak_gb(kind), "data_wait": waited / seconds}
+            if rank == 0:
+                with open(os.path.join(config.out, "log.jsonl"), "a") as f:
+                    f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+                bar.set_postfix(loss=f"{mean:.4f}", per_s=f"{rate:.1f}")
+            start, waited = time.perf_counter(), 0.0
+        if step % config.save_every == 0 or interrupted or done:
+            save_checkpoint(file, model, optimizer, ema, step, config, about)
+        if (config.sample_every and step % config.sample_every == 0) or done:
+            show(config, about, sizes, ema, folder, step, device)
+        if interrupted:
+            bar.close()
+            say(f"stopped after step {step}; the same command with --resume goes on from {file}")
+            break
+    else:
+        bar.close()
+        say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def show(config, about, sizes, ema, folder, step, device):
+    """OUT/samples/step_N.gif: four validation clips, context | truth | prediction | other actions."""
+    weights = full(ema)
+    if rank_and_world()[0] == 0:
+        tokenizer = load_tokenizer_for(about["tokenizer"], device, required=False)
+        if tokenizer is None:
+            print(f"no tokenizer at {about['tokenizer']['path']!r}: no sample pictures, give --tokenizer")
+        else:
+            model = MODELS[config.model][0](sizes).to(device).eval()
+            model.load_state_dict(weights)
+            rows = picture_rows(dream(model, tokenizer, open_clips(folder, "val"), num=4, seed=0))
+            save_gif(rows, os.path.join(config.out, "samples", f"step_{step:06d}.gif"), hz=open_clips(folder, "val").hz)
+    barrier()
+
+
+def comments(cls):
+    """{field: the comment beside it}: the source of a dataclass is its own documentation."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = {"model": list(MODELS), "variant": list(VARIANTS), "preset": ["auto", "tiny", "paper"],
+               "dtype": ["auto", "float32", "bfloat16"], "decay": ["", "linear", "cosine"]}
+    helps = comments(TrainConfig)
+    for f in fields(TrainConfig):
+        text = helps.get(f.name, "") + (f" (default {f.default})" if f.default not in ("", 0, -1, False) else "")
+        if f.type in (bool, "bool"):
+            p.add_argument(f"--{f.name}", action="store_true", help=text)
+        else:
+            p.add_argument(f"--{f.name}", type=type(f.default), default=f.default, choices=choices.get(f.name), help=text,
+                           metavar=None if f.name in choices else f.name.upper(), required=f.name in ("model", "variant"))
+    return TrainConfig(**vars(p.parse_args(argv)))
+
+
+def main(argv=None):
+    config = parse(argv)
+    try:
+        train(config)
+    except (DataError, TokenizerError, CheckpointError) as e:
+        sys.exit(f"train.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
