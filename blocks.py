@@ -117,6 +117,20 @@ def cut(x, variant, lengths):
     return x.split([sum(n for n, s in zip(lengths, sets) if s == i) for i in range(max(sets) + 1)], dim=1)
 
 
+class ActionsAtPlace(nn.Module):
+    """For small models: adds to every future token the actions of the frames that its latent covers, through one linear
+    map. Attention to the action tokens could learn this; it takes longer than a laptop's patience."""
+
+    def __init__(self, action_dim, D, temporal):
+        super().__init__()
+        self.linear, self.temporal = nn.Linear(temporal * action_dim, D), temporal
+
+    def forward(self, a_f, S):
+        """a_f (B, F_f, A) standardised future actions -> (B, T_f * S, D), to be added to v_f."""
+        y = self.linear(rearrange(a_f, "b (t f) a -> b t (f a)", f=self.temporal))  # (B, T_f, D)
+        return y.repeat_interleave(S, dim=1)
+
+
 class MLP(nn.Sequential):
     def __init__(self, D, hidden):
         super().__init__(nn.Linear(D, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, D))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from blocks import FlowBlock, Layout, Modulate, Modulation, axis_dims, layer_variants, modulate, rope_table
+from blocks import ActionsAtPlace, FlowBlock, Layout, Modulate, Modulation, axis_dims, layer_variants, modulate, rope_table
 
 
 @dataclass
@@ -46,12 +46,14 @@ class FlowConfig:
     drop: str = "both"  # which: actions, past, or both
     past_at_place: bool = False  # add the last past latent's embedding to the future token at its own place
     place_table: bool = False  # and a learned vector of the place: a small model sees from the first step where it is
+    actions_at_place: bool = False  # and the actions of its own frames (blocks.ActionsAtPlace)
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more time
 
 
 PRESETS = {
     "paper": dict(),
-    "tiny": dict(n_layer=6, n_head=4, width=160, hidden=640, H=8, W=8, patch=1, past_at_place=True, place_table=True),
+    "tiny": dict(n_layer=5, n_head=4, width=128, hidden=512, time_width=64, H=8, W=8, patch=1, past_at_place=True,
+                 place_table=True, actions_at_place=True),
 }
 
 
@@ -97,6 +99,7 @@ class FlowHWM(nn.Module):
         self.embed_action = nn.Sequential(nn.Linear(c.action_dim, D), nn.Linear(D, 2 * D), nn.GELU(approximate="tanh"),
                                           nn.Linear(2 * D, D))
         self.place = nn.Parameter(torch.empty(self.layout.S, D)) if c.place_table else None
+        self.actions_at_place = ActionsAtPlace(c.action_dim, D, c.temporal) if c.actions_at_place else None
         self.embed_time = nn.Sequential(nn.Linear(C, C), nn.SiLU(), nn.Linear(C, C), nn.SiLU())
         self.blocks = nn.ModuleList(FlowBlock(D, c.n_head, c.hidden, C, variant, last=i == c.n_layer - 1)
                                     for i, variant in enumerate(layer_variants(c.variant, c.n_layer)))
@@ -149,12 +152,15 @@ class FlowHWM(nn.Module):
         c, layout = self.config, self.layout._replace(T_f=X_t.shape[2])
         time = self.embed_time(time_embedding(t, c.time_width))  # (B or 1, C)
         p = self.embed_p(self.patchify(v_p))  # (B, T_p*S, D)
-        a = self.embed_action((actions - self.action_mean) / self.action_std)  # (B, F, D)
+        actions = (actions - self.action_mean) / self.action_std
+        a, at_place = self.embed_action(actions), 0  # (B, F, D)
+        if c.actions_at_place:
+            at_place = self.actions_at_place(actions[:, layout.lengths[2] :], layout.S)  # (B, T_f*S, D)
         if keep_past is not None:
             p = p * keep_past.view(-1, 1, 1).to(p.dtype)
         if keep_actions is not None:
-            a = a * keep_actions.view(-1, 1, 1).to(a.dtype)
-        x = self.embed_f(self.patchify(X_t))  # (B, T_f*S, D)
+            a, at_place = (y * keep_actions.view(-1, 1, 1).to(a.dtype) for y in (a, at_place))
+        x = self.embed_f(self.patchify(X_t)) + at_place  # (B, T_f*S, D)
         if c.past_at_place:
             x = x + p[:, -layout.S :].repeat(1, layout.T_f, 1)
         if self.place is not None:
@@ -230,3 +236,36 @@ class FlowHWM(nn.Module):
         if trace is not None:
             trace[:] = [self.unstandardise(X) for X in trace]
         return self.unstandardise(X_1)
+
+
+def main():
+    """One step on a toy batch, with the shape of everything on the way."""
+    torch.manual_seed(0)
+    model, B = FlowHWM(FlowConfig(n_layer=2, n_head=4, width=64, hidden=256, H=8, W=8)), 2
+    latents, actions = torch.randn(B, 16, 3, 8, 8), torch.randn(B, sum(model.layout.lengths[2:]), 25)
+    show = lambda what, x: print(f"{what:58s} {tuple(x.shape) if hasattr(x, 'shape') else x}")
+    show("latents of a clip, 2 past + 1 future latent frames", latents)
+    show("actions, 9 past + 8 future frames", actions)
+    draws = {k: torch.stack([model.draw(torch.Generator().manual_seed(i))[k] for i in range(B)]) for k in model.draw(None)}
+    show("drawn for the loss", ", ".join(f"{k} {tuple(v.shape)}" for k, v in draws.items()))
+    v_p, X_1 = latents.split([2, 1], dim=2)
+    X_t = interpolate(draws["X_0"], X_1, draws["t"], model.config.sigma_min)
+    show("X_t between noise and data (Eq. 1)", X_t)
+    show("V_t, what the network shall say there (Eq. 2)", target_velocity(draws["X_0"], X_1, model.config.sigma_min))
+    show("streams v_p, v_f, a_p, a_f, in tokens", model.layout.lengths)
+    x = torch.cat([model.embed_p(model.patchify(v_p)), model.embed_f(model.patchify(X_t)), model.embed_action(actions)], 1)
+    show("embedded tokens, one tensor (B, N, D)", x)
+    time = model.embed_time(time_embedding(draws["t"], model.config.time_width))
+    show("time embedding, which modulates every block", time)
+    show("after one block (modulated attention, modulated MLP)",
+         model.blocks[0](x, time, model.layout, model.rope(model.layout, x.device)))
+    show("velocity u(X_t, P, t)", model.velocity(X_t, draws["t"], v_p, actions))
+    total, count = model(latents, actions, draws)
+    show("loss: mean square of u - V_t (Eq. 3)", f"{total.item() / count.item():.3f}")
+    trace = []
+    model.sample(latents[:, :, :2], actions, steps=4, cfg=3.0, trace=trace)
+    show("sampled future latents, guided, 4 Euler steps", trace[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from blocks import Layout, MaskedBlock, layer_variants, masked_rope
+from blocks import ActionsAtPlace, Layout, MaskedBlock, layer_variants, masked_rope
 
 
 @dataclass
@@ -39,12 +39,13 @@ class MaskedConfig:
     temporal: int = 8  # frames per latent
     action_dim: int = 25
     rho_max: float = 0.2
+    actions_at_place: bool = False  # add to a future token the actions of its own frames (blocks.ActionsAtPlace)
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more time
 
 
 PRESETS = {
     "paper": dict(),
-    "tiny": dict(n_layer=6, n_head=4, width=160, hidden=640, vocab_size=4096, H=8, W=8),
+    "tiny": dict(n_layer=5, n_head=4, width=128, hidden=512, vocab_size=4096, H=8, W=8, actions_at_place=True),
 }
 
 
@@ -64,6 +65,7 @@ class MaskedHWM(nn.Module):
         self.position = nn.Parameter(torch.empty(c.T_p + c.T_f, c.H * c.W, D))  # of each latent pixel of a clip
         self.embed_action = nn.Sequential(nn.Linear(c.action_dim, D), nn.Linear(D, c.hidden), nn.GELU(approximate="tanh"),
                                           nn.Linear(c.hidden, D))
+        self.actions_at_place = ActionsAtPlace(c.action_dim, D, c.temporal) if c.actions_at_place else None
         self.blocks = nn.ModuleList(MaskedBlock(D, c.n_head, c.hidden, variant, last=i == c.n_layer - 1)
                                     for i, variant in enumerate(layer_variants(c.variant, c.n_layer)))
         self.norm_out, self.out = nn.LayerNorm(D), nn.Linear(D, c.vocab_size)
@@ -98,7 +100,11 @@ class MaskedHWM(nn.Module):
         x = torch.cat([x[:, : c.T_p], x_f], dim=1).flatten(2, 3)  # (B, T, S, D)
         rows = torch.arange(layout.T, device=L.device).clamp(max=len(self.position) - 1)
         x = (x + self.position[rows]).flatten(1, 2)  # (B, T*S, D); latents beyond the trained ones share its last row
-        a = self.embed_action((actions - self.action_mean) / self.action_std)  # (B, F, D)
+        actions = (actions - self.action_mean) / self.action_std
+        a = self.embed_action(actions)  # (B, F, D)
+        if c.actions_at_place:
+            v_p, v_f = x.tensor_split([layout.future.start], dim=1)
+            x = torch.cat([v_p, v_f + self.actions_at_place(actions[:, layout.lengths[2] :], layout.S)], dim=1)
         x = torch.cat([x, a], dim=1)  # (B, N, D) in the order v_p, v_f, a_p, a_f
         for block in self.blocks:
             if self.config.checkpoint_activations and torch.is_grad_enabled():
@@ -227,3 +233,35 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return *(g * grad for g in ctx.saved_tensors), None, None
+
+
+def main():
+    """One step on a toy batch, with the shape of everything on the way."""
+    torch.manual_seed(0)
+    config = MaskedConfig(n_layer=2, n_head=4, width=64, hidden=256, vocab_size=512, H=8, W=8)
+    model, B = MaskedHWM(config), 2
+    F_all = sum(model.layout.lengths[2:])
+    L, actions = torch.randint(512, (B, 3, 8, 8)), torch.randn(B, F_all, 25)
+    show = lambda what, x: print(f"{what:58s} {tuple(x.shape) if hasattr(x, 'shape') else x}")
+    show("ids L of a clip, 2 past + 1 future latent frames", L)
+    show("actions, 9 past + 8 future frames", actions)
+    draws = {k: torch.stack([model.draw(torch.Generator().manual_seed(i))[k] for i in range(B)]) for k in model.draw(None)}
+    show("drawn for the loss", ", ".join(f"{k} {tuple(v.shape)}" for k, v in draws.items()))
+    L_noisy, M = model.corrupt(L, draws)
+    show("mask M over the future (Sec. 2.2)", M)
+    show("    tokens replaced at random / hidden", f"{int((L_noisy != L).sum())} / {int(M.sum())} of {L.numel()}")
+    show("streams v_p, v_f, a_p, a_f, in tokens", model.layout.lengths)
+    x = torch.cat([model.embed(L_noisy).flatten(1, 3), model.embed_action(actions)], 1)
+    show("embedded tokens, one tensor (B, N, D)", x)
+    show("after one block (spatial, temporal attention, MLP)", model.blocks[0](x, model.layout, model.rope(model.layout, x.device)))
+    show("v_f after the last block", model.features(L_noisy, M, actions))
+    show("logits, hidden future tokens only", model.logits(L_noisy, M, actions))
+    total, count = model(L, actions, draws)
+    show("loss: cross-entropy of hidden tokens, beside ln(512)", f"{total.item() / count.item():.3f}, {math.log(512):.3f}")
+    trace = []
+    show("sampled future ids", model.sample(L[:, :2], actions, K=4, trace=trace))
+    show("    tokens still hidden after each of K = 4 steps", [int(M[0].sum()) for _, M in trace])
+
+
+if __name__ == "__main__":
+    main()

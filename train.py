@@ -22,7 +22,6 @@ import resource
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from blocks import VARIANTS
 from data import FRAMES, DataError, action_statistics, encode, fingerprint, open_clips, synth
-from sample import MODELS, CheckpointError, dream, load_tokenizer_for, picture_rows, read_checkpoint, save_gif
+from sample import MODELS, SAMPLING, CheckpointError, dream, load_tokenizer_for, picture_rows, read_checkpoint, save_gif
 from tokenizer import TokenizerError
 
 
@@ -73,12 +72,12 @@ class TrainConfig:
 PRESETS = {  # Sec. 3.1 and 3.2 for `paper`; `tiny` is measured for a quarter of an hour on two cores
     ("paper", "masked"): dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear"),
     ("paper", "flow"): dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine"),
-    ("tiny", "masked"): dict(steps=1500, batch=16, lr=1e-3, warmup=50, decay="cosine"),
-    ("tiny", "flow"): dict(steps=1500, batch=16, lr=1e-3, warmup=50, decay="cosine"),
+    ("tiny", "masked"): dict(steps=950, batch=16, lr=2e-3, warmup=50, decay="cosine"),
+    ("tiny", "flow"): dict(steps=1300, batch=16, lr=2e-3, warmup=50, decay="cosine"),
 }
 KIND = {"masked": "discrete", "flow": "continuous"}
 SHIPPED = {"masked": "weights/tokenizer_dv_tiny.pt", "flow": "weights/tokenizer_cv_tiny.pt"}
-ROBOT, ROBOT_STRIDE = "data/robot", 3
+ROBOT, ROBOT_STRIDE = "data/robot", 4
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -349,7 +348,7 @@ def train(config):
         fully_shard(model)
     elif world > 1:
         runner = DistributedDataParallel(model, device_ids=[device.index] if kind == "cuda" else None,
-                                         gradient_as_bucket_view=True)
+                                         gradient_as_bucket_view=True, broadcast_buffers=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -456,7 +455,8 @@ def show(config, about, sizes, ema, folder, step, device):
         else:
             model = MODELS[config.model][0](sizes).to(device).eval()
             model.load_state_dict(weights)
-            rows = picture_rows(dream(model, tokenizer, open_clips(folder, "val"), num=4, seed=0))
+            rows = picture_rows(dream(model, tokenizer, open_clips(folder, "val"), num=min(4, len(open_clips(folder, "val"))),
+                                      **SAMPLING[config.preset, config.model]))
             save_gif(rows, os.path.join(config.out, "samples", f"step_{step:06d}.gif"), hz=open_clips(folder, "val").hz)
     barrier()
 

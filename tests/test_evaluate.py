@@ -1,0 +1,441 @@
+"""evaluate.py: numbers that can be worked out by hand, and TRAPS rows 4 and 14 to 17. No downloads, no checkpoints."""
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+
+import evaluate
+from conftest import TOY_PRESET
+from data import DataError, fingerprint, open_clips, to_uint8, to_video
+from evaluate import Inception, Moments, frechet, gram_frechet, grams, kid
+from flow_hwm import FlowConfig, FlowHWM, interpolate, target_velocity
+from masked_hwm import MaskedConfig, MaskedHWM
+from tokenizer import load_tokenizer
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def toy_model(name, seed=0, **more):
+    torch.manual_seed(seed)
+    if name == "masked":
+        model = MaskedHWM(MaskedConfig(**TOY_PRESET, variant="base", vocab_size=64, H=4, W=4, **more))
+    else:
+        model = FlowHWM(FlowConfig(**TOY_PRESET, variant="full", time_width=16, channels=4, patch=1, H=4, W=4, **more))
+    return model.eval().requires_grad_(False)
+
+
+def parts(name, toy, data="raw", **more):
+    kind = {"masked": "dv", "flow": "cv"}[name]
+    return toy_model(name, **more), load_tokenizer(f"{toy}/{kind}.pt"), open_clips(f"{toy}/{data}", "val")
+
+
+SETTINGS = {"masked": dict(K=2, temperature=1.0), "flow": dict(steps=3, cfg=1.0)}
+
+
+def numpy_psnr(a, b):
+    return float(np.mean([20 * np.log10(255 / np.sqrt(np.mean((x.astype(float) - y.astype(float)) ** 2)))
+                          for x, y in zip(a, b)]))
+
+
+# ---- frames --------------------------------------------------------------------------------------------------
+
+
+def test_psnr_is_five_lines_of_numpy():
+    r = np.random.default_rng(0)
+    a, b = r.integers(0, 256, (2, 5, 16, 16, 3), dtype=np.uint8)
+    assert evaluate.psnr(a, b).mean() == pytest.approx(numpy_psnr(a, b), abs=1e-12)
+    black = np.zeros((1, 16, 16, 3), np.uint8)
+    assert evaluate.psnr(black, black + 1)[0] == pytest.approx(20 * np.log10(255))  # 48.13 dB: one grey level
+    assert evaluate.psnr(a, a) == pytest.approx(10 * np.log10(255**2 / 0.01))
+
+
+def test_ssim_of_one_window_by_the_formula():
+    r = np.random.default_rng(1)
+    a, b = r.integers(0, 256, (2, 1, 11, 11, 3), dtype=np.uint8)  # one window fits
+    w = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    w = np.outer(w, w) / np.outer(w, w).sum()
+    want = []
+    for c in range(3):
+        x, y = a[0, :, :, c].astype(float), b[0, :, :, c].astype(float)
+        m, n = (w * x).sum(), (w * y).sum()
+        v_x, v_y, cov = (w * (x - m) ** 2).sum(), (w * (y - n) ** 2).sum(), (w * (x - m) * (y - n)).sum()
+        want.append((2 * m * n + 6.5025) * (2 * cov + 58.5225) / ((m * m + n * n + 6.5025) * (v_x + v_y + 58.5225)))
+    assert evaluate.ssim(a, b)[0] == pytest.approx(np.mean(want), abs=1e-9)
+    assert evaluate.ssim(a, a)[0] == pytest.approx(1)
+
+
+def test_bootstrap_interval():
+    x = np.random.default_rng(2).normal(3, 2, 100)
+    low, high = evaluate.interval(x)
+    assert (low, high) == tuple(evaluate.interval(x)) and low < x.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * x.std() / 10, rel=0.05)
+    assert evaluate.interval([2.5, 2.5]) == [2.5, 2.5]
+
+
+# ---- sets of frames ------------------------------------------------------------------------------------------
+
+
+def gaussian(mean, cov, n=100):
+    return Moments(n, np.asarray(mean, float), np.asarray(cov, float) * (n - 1))
+
+
+def test_closed_form_gaussians():
+    one, d = np.eye(7), np.array([1.0, 4, 9, 16, 25, 36, 49])
+    assert frechet(gaussian(np.zeros(7), one), gaussian(np.full(7, 2.0), one)) == pytest.approx(28)
+    assert frechet(gaussian(np.zeros(7), one), gaussian(np.zeros(7), 9 * one)) == pytest.approx(7 * (3 - 1) ** 2)
+    assert frechet(gaussian(np.zeros(7), np.diag(d)), gaussian(np.zeros(7), np.diag(d[::-1]))) == pytest.approx(
+        ((d**0.5 - d[::-1] ** 0.5) ** 2).sum())
+    c, s = np.cos(0.7), np.sin(0.7)  # two that do not commute: tr (A B)^1/2 of 2 x 2 is (tr AB + 2 sqrt det AB)^1/2
+    R, A = np.array([[c, -s], [s, c]]), np.diag([1.0, 9.0])
+    B = R @ A @ R.T
+    want = 20 - 2 * np.sqrt(np.trace(A @ B) + 2 * np.sqrt(np.linalg.det(A @ B)))
+    assert frechet(gaussian([0, 0], A), gaussian([0, 0], B)) == pytest.approx(want)
+
+
+def decaying(n, d, seed, shift=0.0):
+    """Features like Inception's: positive, most directions narrow."""
+    return np.abs(np.random.default_rng(seed).normal(size=(n, d)) * np.exp(-np.arange(d) / (d / 8)) + shift)
+
+
+def test_streaming_equals_np_cov_for_any_split():
+    x = decaying(103, 12, 0) + 1000  # a large mean: sums of squares would lose digits
+    for cuts in ([], [1], [50, 51, 90], list(range(1, 103))):
+        pieces = [Moments.of(p) for p in np.split(x, cuts)]
+        for order in (pieces, pieces[::-1]):  # batches in order, ranks in any
+            m = sum(order, Moments())
+            assert m.n == 103
+            np.testing.assert_allclose(m.mean, x.mean(0), rtol=1e-13)
+            np.testing.assert_allclose(m.cov, np.cov(x.T), rtol=1e-9, atol=1e-12)
+    left, right = sum(pieces[:40], Moments()), sum(pieces[40:], Moments())
+    np.testing.assert_allclose((right + left + Moments()).cov, np.cov(x.T), rtol=1e-9, atol=1e-12)
+
+
+def test_64_frames_in_2048_dimensions():
+    x, y = decaying(64, 2048, 0), decaying(64, 2048, 1, 0.1)
+    a, b = Moments.of(x), Moments.of(y)
+    value = frechet(a, b)
+    assert np.isfinite(value) and value > 0
+    assert value == pytest.approx(gram_frechet(*grams(x, y), 2048), rel=1e-9)  # a second formula
+    assert abs(frechet(a, a)) < 1e-6 and abs(gram_frechet(*grams(x, x), 2048)) < 1e-6
+
+
+def test_sqrtm_agrees():
+    x, y = decaying(400, 96, 3), decaying(300, 96, 4, 0.05)
+    a, b = Moments.of(x), Moments.of(y)
+    root = np.trace(scipy.linalg.sqrtm(a.cov @ b.cov)).real
+    want = ((a.mean - b.mean) ** 2).sum() + np.trace(a.cov) + np.trace(b.cov) - 2 * root
+    assert frechet(a, b) == pytest.approx(want, rel=1e-3) == frechet(b, a)
+    assert abs(frechet(a, a)) < 1e-6
+
+
+def test_2048_features_in_15_seconds():
+    a, b = (Moments.of(decaying(2048, 2048, i, 0.05 * i)) for i in (0, 1))
+    wall, cpu = time.perf_counter(), time.process_time()
+    assert frechet(a, b) > 0
+    assert min(time.perf_counter() - wall, time.process_time() - cpu) < 15  # either: the machine may be shared
+
+
+def test_kid_is_unbiased_and_sees_a_shift():
+    r = np.random.default_rng(5)
+    same = [kid(*grams(r.normal(size=(20, 8)), r.normal(size=(20, 8)))) for _ in range(400)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 20 and min(same) < 0
+    assert kid(*grams(r.normal(size=(200, 8)), r.normal(size=(200, 8)) + 1)) > 1
+
+
+def test_fid_bias_at_small_n():
+    """TRAPS 17: two samples of one Gaussian are apart, the less the more of them; KID is not."""
+    r = np.random.default_rng(6)
+    value = [frechet(*(Moments.of(r.normal(size=(n, 64))) for _ in range(2))) for n in (50, 500, 5000)]
+    assert value[0] > 4 * value[1] > 16 * value[2] > 0
+
+
+def pictures(n, seed=0, size=48):
+    """Smooth colours with a bright square: (n, size, size, 3) uint8."""
+    r = np.random.default_rng(seed)
+    x = F.interpolate(torch.from_numpy(r.uniform(40, 200, (n, 3, 6, 6))), (size, size), mode="bilinear")
+    x = x.permute(0, 2, 3, 1).numpy()
+    for i, (top, left) in enumerate(r.integers(0, size - 12, (n, 2))):
+        x[i, top : top + 12, left : left + 12] = r.uniform(0, 255, 3)
+    return x.round().astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return evaluate.load_inception("random")[0]
+
+
+def test_distance_rises_with_blur_and_noise(net):
+    x = pictures(24)
+    f = net(x)
+    t = torch.from_numpy(x).permute(0, 3, 1, 2).float()
+    blurred = [F.avg_pool2d(F.pad(t, (k // 2,) * 4, mode="replicate"), k, 1) for k in (3, 7, 13)]
+    noise = torch.randn(t.shape, generator=torch.Generator().manual_seed(0))
+    noisy = [(t + s * noise).clamp(0, 255) for s in (5, 15, 45)]
+    for spoilt in (blurred, noisy):
+        features = [net(s.permute(0, 2, 3, 1).round().to(torch.uint8).numpy()) for s in spoilt]
+        for distance in (lambda g: gram_frechet(*g, 2048), lambda g: kid(*g)):
+            value = [distance(grams(f, g)) for g in features]
+            assert value[0] < value[1] < value[2]
+
+
+def test_golden_value_of_a_fixed_set(net):
+    """Features, moments and distance together, on eight pictures by arithmetic: a change here changes every table."""
+    i, y, x, c = np.meshgrid(np.arange(8), np.arange(32), np.arange(32), np.arange(3), indexing="ij")
+    images = ((x * (i + 1) + 3 * y + 40 * c) % 256).astype(np.uint8)
+    value = frechet(Moments.of(net(images[:4])), Moments.of(net(images[4:])))
+    assert value == pytest.approx(GOLDEN, rel=1e-3)
+
+
+GOLDEN = 0.0
+
+
+def test_inception_has_the_names_of_the_published_file():
+    net = Inception()
+    state = net.state_dict()
+    assert sum(p.numel() for p in net.parameters()) == 21_785_568  # 23,834,568 of Inception-v3 less its classifier
+    assert len(state) == 94 * 6
+    for key, shape in {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5),
+                       "Mixed_5d.branch_pool.bn.running_var": (64,), "Mixed_6a.branch3x3.conv.weight": (384, 288, 3, 3),
+                       "Mixed_6c.branch7x7dbl_4.conv.weight": (160, 160, 7, 1),
+                       "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
+                       "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1)}.items():
+        assert state[key].shape == shape
+
+
+def test_inception_pools_as_tensorflow_did():
+    block = evaluate.Mixed(4, {"branch_pool": [(4, 1)]}, "avg")
+    with torch.no_grad():
+        block.branch_pool.conv.weight.copy_(torch.eye(4)[..., None, None])
+        ones = block.eval()(torch.ones(1, 4, 5, 5))
+    np.testing.assert_allclose(ones, 1 / np.sqrt(1.001), rtol=1e-6)  # at the border too: it is not padded with zeros
+
+
+def test_features_equal_pytorch_fid():
+    """Runs where pytorch-fid and torchvision are installed; they are no dependencies."""
+    try:
+        import pytorch_fid.inception as theirs
+    except Exception as e:  # torchvision without its operators raises RuntimeError
+        pytest.skip(f"pytorch-fid cannot be imported: {e}")
+    net = Inception().eval()
+    for m in net.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(m.weight)
+        if isinstance(m, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(m.running_mean, 0, 0.1)
+    full = theirs._inception_v3(num_classes=1008, aux_logits=False, weights=None).state_dict()
+    theirs.load_state_dict_from_url = lambda *_, **__: full | net.state_dict()
+    x = pictures(2)
+    want = theirs.InceptionV3([3]).eval()(torch.from_numpy(x).permute(0, 3, 1, 2) / 255)[0][:, :, 0, 0]
+    np.testing.assert_allclose(net(x), want.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_where_inception_comes_from(tmp_path, monkeypatch):
+    file, said = f"{tmp_path}/w.pth", []
+    torch.save(Inception().state_dict() | {"fc.weight": torch.zeros(1)}, file)
+    with pytest.raises(DataError, match="SHA-256 does not begin with 6726825d"):
+        evaluate.load_inception(file)
+    monkeypatch.setattr(evaluate, "INCEPTION_SHA256", fingerprint(file)[:8])
+    assert evaluate.load_inception(file)[1] == "inception"
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: f"{tmp_path}/hub")
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    net, name = evaluate.load_inception("", said.append)
+    assert name == "random_inception" and "--inception" in said[0] and "pt_inception-2015-12-05-6726825d.pth" in said[0]
+    assert socket.getdefaulttimeout() is None
+
+
+# ---- models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["masked", "flow"])
+def test_rows_equal_numpy(name, toy):
+    model, tokenizer, clips = parts(name, toy)
+    s = evaluate.evaluate(model, tokenizer, clips, num=5, **SETTINGS[name])
+    rows = {"psnr": [], "psnr_copy_last": [], "psnr_ceiling": [], "psnr_raw": []}
+    with torch.no_grad():
+        for i in range(5):
+            z = tokenizer.encode(to_video(clips[i]["video"][None]))
+            target = to_uint8(tokenizer.decode(z))[0].numpy()
+            past, raw = z.narrow(z.ndim - 3, 0, 2), clips[i]["video"].numpy()[9:]
+            future = model.sample(past, clips[i]["actions"][None], generator=torch.Generator().manual_seed(i),
+                                  **SETTINGS[name])
+            dream = to_uint8(tokenizer.decode(torch.cat([past, future], dim=-3)))[0].numpy()[9:]
+            rows["psnr"].append(numpy_psnr(dream, target[9:]))
+            rows["psnr_copy_last"].append(numpy_psnr([target[8]] * 8, target[9:]))
+            rows["psnr_ceiling"].append(numpy_psnr(target[9:], raw))
+            rows["psnr_raw"].append(numpy_psnr(dream, raw))
+    for key, values in rows.items():
+        assert s[key] == pytest.approx(np.mean(values), abs=1e-9), key
+        assert np.mean(s[key + "_per_frame"]) == pytest.approx(s[key]) and len(s[key + "_per_frame"]) == 8
+    assert s["psnr_oracle"] == s["psnr_ceiling"] and s["ssim_oracle"] == s["ssim_ceiling"]  # TRAPS 14
+    assert s["delta_psnr"] == pytest.approx(s["psnr"] - s["psnr_shuffled_actions"])
+    assert s["gain_psnr"] == pytest.approx(s["psnr"] - s["psnr_copy_last"])
+    assert s["psnr_ci"][0] < s["psnr"] < s["psnr_ci"][1]
+    assert s["clips"] == 5 and s["frames"] == 40 and s["samples_per_s"] > 0
+    assert s["tokenizer_params"] == sum(p.numel() for p in tokenizer.parameters())
+
+
+@pytest.mark.parametrize("name", ["masked", "flow"])
+def test_a_model_blind_to_actions(name, toy):
+    """TRAPS 4: the same noise and an action input that is cut leave nothing to tell the rows apart; open, it does."""
+    model, tokenizer, clips = parts(name, toy)
+    for p in model.blocks.parameters():  # more action at a random start than N(0, 0.02) gives
+        p.mul_(8 if p.ndim > 1 else 1)
+    open_ = evaluate.evaluate(model, tokenizer, clips, num=5, **SETTINGS[name])
+    assert open_["psnr_shuffled_actions"] != open_["psnr"] != open_["psnr_frozen_actions"]
+    model.embed_action[-1].weight.zero_()
+    blind = evaluate.evaluate(model, tokenizer, clips, num=5, **SETTINGS[name])
+    assert blind["delta_psnr_ci"][0] <= blind["delta_psnr"] == 0 <= blind["delta_psnr_ci"][1]
+    assert blind["psnr_frozen_actions"] == blind["psnr"]
+
+
+def test_token_scores(toy):
+    model, tokenizer, clips = parts("masked", toy)
+    model.out.weight.zero_()
+    model.out.bias.zero_()
+    s = evaluate.evaluate(model, tokenizer, clips, num=5, **SETTINGS["masked"])
+    assert s["cross_entropy"] == pytest.approx(np.log(64), abs=1e-5) == s["ln_vocab"]
+    L = torch.stack([tokenizer.encode(to_video(clips[i]["video"][None]))[0] for i in range(5)])
+    assert s["token_accuracy"] == pytest.approx((L[:, 2] == 0).float().mean().item())  # argmax of equals is the first
+    assert s["copy_last_token_accuracy"] == pytest.approx((L[:, 1] == L[:, 2]).float().mean().item())
+
+
+def test_velocity_error(toy, monkeypatch):
+    model, tokenizer, clips = parts("flow", toy)
+    z = tokenizer.encode(to_video(clips[0]["video"][None]))
+    X_1, X_0 = z[:, :, 2:], torch.randn(z[:, :, 2:].shape, generator=torch.Generator().manual_seed(7))
+    V_t = target_velocity(X_0, X_1, model.config.sigma_min)
+    asked = []
+
+    def velocity(X_t, t, v_p, actions):  # right in the later half
+        asked.append((X_t, t))
+        return torch.where((t > 0.5).view(-1, 1, 1, 1, 1), V_t, 0.0)
+
+    monkeypatch.setattr(model, "velocity", velocity)
+    error = evaluate.velocity_scores(model, z, clips[0]["actions"][None], seed=7)["velocity_error"]
+    np.testing.assert_allclose(error, [V_t.square().mean()] * 5 + [0] * 5, rtol=1e-5)
+    X_t, t = asked[0]
+    np.testing.assert_allclose(t, np.arange(0.05, 1, 0.1), rtol=1e-6)
+    torch.testing.assert_close(X_t[3:4], interpolate(X_0, X_1, t[3:4], model.config.sigma_min))
+
+
+def test_clips_are_spread_and_do_not_overlap(toy):
+    clips = open_clips(f"{toy}/raw", "val")
+    assert evaluate.choose_clips(clips, 5) == [0, 1, 2, 3, 4] and evaluate.choose_clips(clips, 3) == [0, 2, 4]
+    clips.meta.update(windows=True, stride=9)  # stored windows of 17 frames, every 9
+    assert evaluate.choose_clips(clips, 3) == [0, 2, 4]
+    with pytest.raises(DataError, match="--num 4 is more than the 3"):
+        evaluate.choose_clips(clips, 4)
+
+
+def test_features_of_a_model(net, toy):
+    """FID through evaluate(): the moments merged over clips are those of all frames; KID and the floor beside it."""
+    model, tokenizer, clips = parts("flow", toy)
+    s = evaluate.evaluate(model, tokenizer, clips, num=4, net=net, **SETTINGS["flow"])
+    shown = [evaluate.dream_clip(model, tokenizer, clips, i, 0, **SETTINGS["flow"])[0]
+             for i in evaluate.choose_clips(clips, 4)]
+    dreamt, real, copied = (net(np.concatenate([x[key] for x in shown])) for key in ("prediction", "target", "copy_last"))
+    assert s["fid"] == pytest.approx(gram_frechet(*grams(dreamt, real), 2048), rel=1e-4)
+    assert s["fid_copy_last"] == pytest.approx(gram_frechet(*grams(copied, real), 2048), rel=1e-4)
+    even, odd = real.reshape(4, 8, -1)[::2].reshape(16, -1), real.reshape(4, 8, -1)[1::2].reshape(16, -1)
+    assert s["fid_floor"] == pytest.approx(gram_frechet(*grams(even, odd), 2048), rel=1e-4)
+    assert s["kid"] == pytest.approx(kid(*grams(dreamt, real)), rel=1e-4)
+    assert (s["fid_frames"], s["fid_floor_frames"], s["kid_frames"]) == (32, 16, 32)
+    assert s["fid_ci"][0] < s["fid"] < s["fid_ci"][1] and s["kid_ci"][0] < s["kid"] < s["kid_ci"][1]
+
+
+# ---- sizes and the command line ------------------------------------------------------------------------------
+
+
+def test_sizes(tmp_path):
+    evaluate.main(["--sizes", "--json", f"{tmp_path}/deep/sizes.json"])
+    counted = json.load(open(f"{tmp_path}/deep/sizes.json"))
+    derived = {"masked": {"split": 0.2205, "base": 0.3214, "modality": 0.2373, "full": 0.1953},  # DESIGN 2a
+               "flow": {"split": 0.944, "base": 1.36, "modality": 0.886, "full": 0.648}}
+    for name, row in derived.items():
+        assert set(counted[name]) == set(row)
+        for variant, size in row.items():
+            assert counted[name][variant] == pytest.approx(size, rel=3e-3), (name, variant)
+
+
+@pytest.fixture(scope="module")
+def ckpt(toy):
+    """Checkpoints of random models, as sample.export leaves them."""
+    for name, kind in (("masked", "dv"), ("flow", "cv")):
+        model = toy_model(name)
+        torch.save({"ema": model.state_dict(), "model_config": asdict(model.config), "step": 3,
+                    "config": {"model": name, "variant": model.config.variant, "preset": "tiny"},
+                    "tokenizer": {"path": f"{toy}/{kind}.pt", "sha256": fingerprint(f"{toy}/{kind}.pt")},
+                    "data": {"path": f"{toy}/{kind}", "source": f"{toy}/raw", "size": 32}}, f"{toy}/{name}.ckpt")
+    return toy
+
+
+KEYS = """model variant params tokenizer_params clips frames psnr psnr_ci psnr_raw psnr_copy_last psnr_ceiling
+psnr_shuffled_actions delta_psnr psnr_per_frame fid fid_features fid_floor samples_per_s peak_gb device""".split()
+
+
+def test_command_line(ckpt, capsys):
+    command = ["--ckpt", f"{ckpt}/masked.ckpt", "--num", "4", "--device", "cpu", "--inception", "random"]
+    evaluate.main(command + ["--json", f"{ckpt}/one.json"])
+    s, printed = json.load(open(f"{ckpt}/one.json")), capsys.readouterr().out
+    assert set(KEYS + ["cross_entropy", "token_accuracy"]) <= set(s)
+    assert s["model"] == "masked" and s["variant"] == "base" and s["fid_features"] == "random_inception"
+    assert "FID" not in printed and "fd_random_inception" in printed and "N = 32" in printed and "N = 16" in printed
+    assert "copy the last frame" in printed and "with another clip's actions" in printed and "ceiling" in printed
+
+    # Two processes, clips divided: every number is the same
+    with socket.socket() as port:
+        port.bind(("localhost", 0))
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port.getsockname()[1])}
+    jobs = [subprocess.Popen([sys.executable, f"{HERE}/evaluate.py", *command, "--json", f"{ckpt}/two.json"],
+                             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"})
+            for rank in (0, 1)]
+    assert [job.wait(120) for job in jobs] == [0, 0]
+    two = json.load(open(f"{ckpt}/two.json"))
+    for key in set(s) - {"samples_per_s", "peak_gb", "settings", "device", "model", "variant", "fid_features"}:
+        assert two[key] == pytest.approx(s[key], rel=1e-6), key
+
+
+def test_latents_without_raw_video(ckpt, capsys):
+    evaluate.main(["--ckpt", f"{ckpt}/flow.ckpt", "--data", f"{ckpt}/cv", "--num", "5", "--device", "cpu", "--no_fid",
+                   "--json", f"{ckpt}/latents.json"])
+    s, printed = json.load(open(f"{ckpt}/latents.json")), capsys.readouterr().out
+    assert s["psnr_raw"] is s["psnr_ceiling"] is s["psnr_oracle"] is None and s["psnr"] > 0
+    assert "holds latents only" in printed and len(s["velocity_error"]) == 10
+
+
+def test_bad_input_is_one_sentence(ckpt, tmp_path):
+    good = ["--ckpt", f"{ckpt}/masked.ckpt", "--device", "cpu", "--no_fid"]
+    for extra, want in ((["--num", "6"], "--num 6 is more than the 5"), (["--num", "0"], "--num 0"),
+                        (["--ckpt", f"{tmp_path}/none.pt"], "no checkpoint"),
+                        (["--tokenizer", f"{ckpt}/cv.pt"], "cv.pt"), (["--data", f"{tmp_path}"], f"{tmp_path}"),
+                        (["--data", f"{ckpt}/cv"], "holds continuous latents"), (["--json", f"{tmp_path}"], "is a folder")):
+        with pytest.raises(SystemExit) as e:
+            evaluate.main(good + extra)
+        assert str(e.value.code).startswith("evaluate.py: ") and want in str(e.value.code), extra
+        assert "\n" not in str(e.value.code)
+    with pytest.raises(SystemExit) as e:
+        evaluate.main(good[:-1] + ["--inception", f"{tmp_path}/none.pth"])
+    assert "none.pth" in str(e.value.code)
+
+
+def test_a_model_with_the_other_tokenizer(toy):
+    model, _, clips = parts("masked", toy)
+    with pytest.raises(evaluate.TokenizerError, match="the tokenizer is continuous"):
+        evaluate.check_fit(model, load_tokenizer(f"{toy}/cv.pt"), clips)
+    with pytest.raises(DataError, match="4 x 4 .*trained on 8 x 8"):
+        model.config.H = model.config.W = 8
+        evaluate.check_fit(model, load_tokenizer(f"{toy}/dv.pt"), clips)

@@ -1,0 +1,552 @@
+"""tokenizer.py: wavelets, FSQ, causality, agreement with the reference implementation, and files."""
+import io
+import itertools
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+import torch.nn as nn
+
+import tokenizer as tok
+from tokenizer import FSQ, Tokenizer, TokenizerConfig, TokenizerError, haar, inverse_haar, load_tokenizer, patch, unpatch
+
+COSMOS = os.path.join(os.path.dirname(os.path.abspath(tok.__file__)), "..", "shared", "fixtures", "cosmos")
+needs_cosmos = pytest.mark.skipif(not os.path.isdir(COSMOS), reason="../shared/fixtures/cosmos is not here")
+FULL = {"continuous": dict(spatial_compression=16), "discrete": dict(spatial_compression=8, levels=(8, 8, 8, 5, 5, 5))}
+KINDS = tuple(FULL)
+
+
+def small(kind, seed=0, **changes):
+    torch.manual_seed(seed)
+    config = TokenizerConfig(**dict(dict(channels=8, channels_mult=(1, 2, 2), num_res_blocks=1), **FULL[kind], **changes))
+    tokenizer = Tokenizer(config)
+    for p in tokenizer.parameters():  # lively enough that every input matters
+        p.data = torch.randn(p.shape) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+    for name, p in tokenizer.named_parameters():
+        p.data += "norm" in name and name.endswith("weight")
+    tokenizer.quant_conv.conv3d.weight.data *= 3  # ids of many levels
+    return tokenizer.eval().requires_grad_(False)
+
+
+def clip(F=17, size=32, seed=0):
+    return torch.rand(1, 3, F, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# ---- wavelets
+
+
+def test_haar_by_hand():
+    """Eight numbers of one cell: band (p, q, r) is their mean with the signs of a high pass on time, height, width."""
+    x = torch.tensor([1.0, 2, 4, 8, 16, 32, 64, 128]).view(1, 1, 2, 2, 2)
+    signs = [[(-1) ** (p * t + q * h + r * w) for t, h, w in itertools.product((0, 1), repeat=3)]
+             for p, q, r in itertools.product((0, 1), repeat=3)]
+    expected = (torch.tensor(signs) * x.flatten()).sum(1) / 8
+    torch.testing.assert_close(haar(x).flatten(), expected)
+    assert haar(x)[0, 0].item() == x.mean() and haar(x)[0, 1].item() == (1 - 2 + 4 - 8 + 16 - 32 + 64 - 128) / 8
+
+
+def test_haar_puts_bands_outside_and_colours_inside():
+    x = clip(4, 8)
+    low = haar(x)[:, :3]  # the first three channels: the all-low band of red, green, blue
+    torch.testing.assert_close(low, x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).mean((-1, -2, -3)))
+
+
+def test_wavelets_invert_exactly():
+    x = torch.randint(-64, 64, (2, 3, 4, 8, 8)).float()  # integers: every sum is exact in float32
+    assert torch.equal(inverse_haar(haar(x)), x)
+    for F in (1, 5, 17):
+        video = torch.randint(-64, 64, (2, 3, F, 8, 8)).float()
+        y = patch(video)
+        assert y.shape == (2, 192, 1 + (F - 1) // 4, 2, 2)
+        assert torch.equal(unpatch(y), video)
+
+
+def test_patch_of_a_grey_video():
+    y = patch(torch.full((1, 3, 5, 8, 8), 0.25))
+    assert (y[:, :3] == 0.25).all() and (y[:, 3:] == 0).all()  # all-low of all-low, and nothing else
+
+
+# ---- FSQ
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 3), (4, 4), (2, 7)])
+def test_every_id_has_its_own_code_and_comes_back(levels):
+    fsq, n = FSQ(levels), torch.tensor(levels).prod().item()
+    ids = torch.arange(n).view(1, n, 1, 1)
+    codes = fsq.ids_to_codes(ids)
+    assert codes.shape == (1, len(levels), n, 1, 1) and codes.abs().max() <= 1
+    assert len(torch.unique(codes[0, :, :, 0, 0], dim=1).T) == n
+    assert torch.equal(fsq.codes_to_ids(codes), ids)
+    # mixed radix, first level fastest
+    first, second = codes[0, 0, :, 0, 0], codes[0, 1, :, 0, 0]
+    assert len(set(first[: levels[0]].tolist())) == levels[0] and len(set(second[: levels[0]].tolist())) == 1
+    assert first[0] == first[levels[0]] and second[0] < second[levels[0]]
+
+
+def test_codes_by_hand():
+    codes = FSQ((8, 5)).ids_to_codes(torch.arange(40).view(1, 40, 1, 1))[0, :, :, 0, 0]
+    assert codes[0, :8].tolist() == [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75]
+    assert codes[1, ::8].tolist() == [-1, -0.5, 0, 0.5, 1]
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 3), (2, 7)])
+def test_quantize_reaches_every_level_and_nothing_else(levels):
+    z = torch.linspace(-6, 6, 4001).view(1, 1, -1, 1, 1).expand(1, len(levels), -1, 1, 1)
+    codes = FSQ(levels).quantize(z)[0, :, :, 0, 0]
+    for row, n in zip(codes, levels):
+        on_grid = (row * (n // 2)).round()
+        torch.testing.assert_close(on_grid, row * (n // 2))
+        assert sorted(set(on_grid.int().tolist())) == list(range(-(n // 2), n - n // 2))
+        assert (row.diff() >= -1e-6).all()
+    ids = FSQ(levels).codes_to_ids(FSQ(levels).quantize(z))
+    assert ids.min() >= 0 and ids.max() < torch.tensor(levels).prod()
+    zero = FSQ(levels).quantize(torch.zeros(1, len(levels), 1, 1, 1))
+    assert zero.abs().max() == 0, "zero is a code, for even levels too"
+
+
+def test_gradients_pass_straight_through_the_rounding():
+    """As if the rounding were not there: the derivative of tanh(z + shift) (levels - 1) (1 + eps) / 2, over levels // 2."""
+    z = torch.tensor([0.3, -0.7]).view(1, 2, 1, 1, 1).requires_grad_()
+    (grad,) = torch.autograd.grad(FSQ((8, 5)).quantize(z).sum(), z)
+    half = torch.tensor([7 * 1.001 / 2, 4 * 1.001 / 2])
+    shift = torch.atanh(torch.tensor([0.5, 0.0]) / half)
+    expected = (1 - torch.tanh(z.detach().flatten() + shift) ** 2) * half / torch.tensor([4, 2])
+    torch.testing.assert_close(grad.flatten(), expected)
+
+
+def test_discrete_tokenizer_trains_its_encoder():
+    tokenizer = small("discrete").requires_grad_(True)
+    tokenizer(clip(9)).square().mean().backward()
+    assert all(p.grad is not None for n, p in tokenizer.named_parameters() if "downsample" not in n and "upsample" not in n)
+    assert tokenizer.encoder.conv_in[0].conv3d.weight.grad.abs().sum() > 0
+
+
+# ---- shapes, lengths (TRAPS 22), causality (TRAPS 23)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("F", [1, 9, 17])
+def test_shapes(kind, F):
+    tokenizer, T, s = small(kind), 1 + (F - 1) // 8, FULL[kind]["spatial_compression"]
+    z = tokenizer.encode(clip(F))
+    if kind == "discrete":
+        assert z.shape == (1, T, 32 // s, 32 // s) and z.dtype == torch.int64
+        assert 0 <= z.min() and z.max() < tokenizer.vocab_size == 64_000
+    else:
+        assert z.shape == (1, 16, T, 32 // s, 32 // s) and tokenizer.channels == 16
+    assert (tokenizer.kind, tokenizer.spatial, tokenizer.temporal) == (kind, s, 8)
+    assert tokenizer.decode(z).shape == (1, 3, F, 32, 32)
+    assert tokenizer.latent_frames(F) == T
+
+
+@pytest.mark.parametrize("F, next_lengths", [(16, "9 and 17"), (10, "9 and 17"), (2, "1 and 9"), (8, "1 and 9"), (18, "17 and 25")])
+def test_other_lengths_are_refused_by_naming_the_next(F, next_lengths):
+    with pytest.raises(TokenizerError, match=f"{F} frames.*{next_lengths}"):
+        small("continuous").encode(clip(F))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 9, 40, 32), (1, 1, 9, 32, 32), (3, 9, 32, 32)])
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(TokenizerError, match="divisible by 16"):
+        small("continuous").encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_past_does_not_know_the_future(kind):
+    tokenizer, video = small(kind), clip(17)
+    z = tokenizer.encode(video)
+    other = video.clone()
+    other[:, :, 9:] = clip(8, seed=1)
+    changed = tokenizer.encode(other)
+    time = z.ndim - 3
+    torch.testing.assert_close(tokenizer.encode(video[:, :, :9]), z.narrow(time, 0, 2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tokenizer.encode(video[:, :, :1]), z.narrow(time, 0, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(changed.narrow(time, 0, 2), z.narrow(time, 0, 2), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(changed.narrow(time, 2, 1), z.narrow(time, 2, 1))
+    recon = tokenizer.decode(z)
+    torch.testing.assert_close(tokenizer.decode(z.narrow(time, 0, 2)), recon[:, :, :9], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("F", [9, 17])
+def test_every_frame_matters_to_its_latent(F):
+    tokenizer, video = small("continuous"), clip(F).requires_grad_()
+    z = tokenizer.encode(video)
+    for t in range(z.shape[2]):
+        (g,) = torch.autograd.grad(z[:, :, t].square().sum(), video, retain_graph=True)
+        seen = g.abs().amax((0, 1, 3, 4)) > 1e-9
+        last = 8 * t  # latent t covers the frames up to 8 t
+        assert seen[max(0, last - 7) : last + 1].all() and not seen[last + 1 :].any()
+
+
+@pytest.mark.parametrize("spatial, temporal", [(4, 4), (8, 4), (16, 4), (16, 8), (8, 8), (4, 8)])
+def test_compressions(spatial, temporal):
+    tokenizer = Tokenizer(TokenizerConfig(channels=4, channels_mult=(1, 1, 1), num_res_blocks=1,
+                                          spatial_compression=spatial, temporal_compression=temporal))
+    z = tokenizer.encode(clip(9))
+    assert z.shape[2:] == (1 + 8 // temporal, 32 // spatial, 32 // spatial)
+    assert tokenizer.decode(z).shape == (1, 3, 9, 32, 32)
+
+
+@pytest.mark.parametrize("spatial, temporal", [(8, 16), (32, 8)])
+def test_impossible_compressions_are_refused(spatial, temporal):
+    with pytest.raises(TokenizerError, match="cannot be built"):
+        Tokenizer(TokenizerConfig(channels=4, spatial_compression=spatial, temporal_compression=temporal))
+
+
+# ---- the reference implementation
+
+
+@needs_cosmos
+@pytest.mark.parametrize("kind, name", [("continuous", "cv8x16x16"), ("discrete", "dv8x8x8")])
+def test_agrees_with_the_reference(kind, name):
+    file = os.path.join(COSMOS, f"{name}_tiny.pt")
+    tokenizer, saved = load_tokenizer(file), torch.load(file, weights_only=True)
+    assert tokenizer.kind == kind and not any(p.requires_grad for p in tokenizer.parameters())
+    for T in (17, 9, 1):
+        expected = saved[f"video{T}"]
+        z = tokenizer.encode(expected["video"].float())
+        if kind == "discrete":
+            assert (z == expected["indices"]).float().mean() >= 0.99
+            codes = tokenizer.fsq.ids_to_codes(expected["indices"].long())
+            torch.testing.assert_close(codes, expected["codes"], rtol=1e-5, atol=1e-5)
+            assert torch.equal(tokenizer.fsq.codes_to_ids(expected["codes"]), expected["indices"].long())
+            latents = expected["indices"].long()
+        else:
+            assert relative(z, expected["latents"]) < 1e-4
+            latents = expected["latents"]
+        assert relative(tokenizer.decode(latents), expected["recon"]) < 1e-4
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def listed_keys(name):
+    """{file: {tensor: shape}} of keys_*.txt"""
+    found = {}
+    with open(os.path.join(COSMOS, f"keys_{name}.txt")) as f:
+        for line in map(str.strip, f):
+            if line.startswith("#"):
+                shapes = found.setdefault(line.split()[1], {})
+            elif line:
+                key, rest = line.split(" ", 1)
+                shapes[key] = tuple(int(n) for n in rest[1 : rest.index(")")].replace(",", " ").split())
+    return found
+
+
+@needs_cosmos
+@pytest.mark.parametrize("name, preset", [("CV8x16x16", "cv8x16x16"), ("DV8x8x8", "dv8x8x8")])
+def test_full_size_has_the_names_and_shapes_of_nvidias_files(name, preset):
+    with torch.device("meta"):
+        tokenizer = Tokenizer(tok.PRESETS[preset])
+    keys = {k: s for shapes in listed_keys(name).values() for k, s in shapes.items()}
+    ours = {k: tuple(v.shape) for k, v in tokenizer.state_dict().items()}
+    assert all(keys.get(k) == s for k, s in ours.items())
+    left = {k for k in keys if k not in ours}  # constants of the wavelets and of FSQ
+    assert all("patcher3d" in k or "quantizer" in k for k in left), left
+    assert abs(sum(p.numel() for p in tokenizer.parameters()) / 1e6 - 112.5) < 0.1
+
+
+# ---- TorchScript folders
+
+
+class Constants(nn.Module):
+    """The buffers that NVIDIA's files hold beside the weights."""
+
+    def __init__(self, **buffers):
+        super().__init__()
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+
+def fsq_constants(levels):
+    holder = nn.Module()
+    n = torch.tensor(levels).prod().item()
+    holder.quantizer = Constants(_levels=torch.tensor(levels, dtype=torch.int32),
+                                 _basis=torch.tensor(FSQ(levels).basis, dtype=torch.int32),
+                                 implicit_codebook=FSQ(levels).ids_to_codes(torch.arange(n).view(1, n, 1, 1))[0, :, :, 0, 0].T)
+    return holder
+
+
+class EncoderFile(nn.Module):
+    def __init__(self, t):
+        super().__init__()
+        self.encoder, self.quant_conv = t.encoder, t.quant_conv
+        self.encoder.patcher3d = Constants(wavelets=torch.full((2,), 0.7), _arange=torch.arange(2),
+                                           patch_size_buffer=torch.tensor([4], dtype=torch.int32))
+        if t.kind == "discrete":
+            self.quantizer = fsq_constants(t.config.levels).quantizer
+
+    def forward(self, x):
+        z = self.quant_conv(self.encoder(x))
+        return z, z.new_zeros(1)
+
+
+class DecoderFile(nn.Module):
+    def __init__(self, t):
+        super().__init__()
+        self.post_quant_conv, self.decoder = t.post_quant_conv, t.decoder
+        self.decoder.unpatcher3d = Constants(wavelets=torch.full((2,), 0.7), _arange=torch.arange(2))
+        if t.kind == "discrete":
+            self.inv_quant = fsq_constants(t.config.levels)
+
+    def forward(self, z):
+        return self.decoder(self.post_quant_conv(z))
+
+
+def narrow(kind):
+    torch.manual_seed(1)
+    return Tokenizer(TokenizerConfig(channels=4, num_res_blocks=1, **FULL[kind])).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{(kind, dtype): a folder as NVIDIA's that holds narrow(kind)}"""
+    made = {}
+    for kind, name in (("continuous", "CV8x16x16"), ("discrete", "DV8x8x8")):
+        tokenizer, root = narrow(kind), tmp_path_factory.mktemp("cosmos")
+        example = {"encoder.jit": clip(9), "decoder.jit": tokenizer.post_quant_conv.conv3d.weight[0].expand(-1, 2, 2, 2)[None]}
+        for file, File in (("encoder.jit", EncoderFile), ("decoder.jit", DecoderFile)):
+            traced = torch.jit.trace(File(tokenizer).eval(), example[file], check_trace=False)
+            for dtype in (torch.float32, torch.bfloat16):
+                folder = made[kind, dtype] = str(root / str(dtype) / f"Cosmos-0.1-Tokenizer-{name}")
+                os.makedirs(folder, exist_ok=True)
+                torch.jit.save(traced.to(dtype), os.path.join(folder, file))
+    return made
+
+
+@pytest.fixture
+def narrow_presets(monkeypatch):
+    """The released tokenizers are 128 channels wide; here as narrow as `narrow` makes them."""
+    for name, kind in (("cv8x16x16", "continuous"), ("dv8x8x8", "discrete")):
+        monkeypatch.setitem(tok.PRESETS, name, TokenizerConfig(channels=4, num_res_blocks=1, **FULL[kind]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_a_torchscript_folder(folders, narrow_presets, monkeypatch, kind, dtype):
+    folder, original = folders[kind, dtype], narrow(kind).to(dtype)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("the file's code must not run"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.kind == kind and tokenizer.dtype == torch.float32
+    read = tokenizer.state_dict()
+    assert read.keys() == original.state_dict().keys()
+    assert all(torch.equal(read[k], v.float()) for k, v in original.state_dict().items())
+    reference, video = narrow(kind), clip(9)
+    if dtype == torch.float32:
+        assert torch.equal(tokenizer.encode(video), reference.encode(video))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_works_in_bfloat16(kind):
+    """On the CPU too, and close to float32: the tokens of DV are told apart in float32 whatever the weights are."""
+    exact, half, video = small(kind), small(kind).to(torch.bfloat16), clip(9)
+    z = exact.encode(video)
+    if kind == "discrete":
+        assert half.encode(video).dtype == torch.int64
+    else:
+        assert half.encode(video).dtype == torch.bfloat16 and relative(half.encode(video).float(), z) < 0.1
+    assert half.decode(z).dtype == torch.bfloat16 and relative(half.decode(z).float(), exact.decode(z)) < 0.1
+
+
+@needs_cosmos
+@pytest.mark.parametrize("name", ["CV8x16x16", "DV8x8x8"])
+def test_the_folders_of_these_tests_have_the_listed_names(name):
+    tokenizer = Tokenizer(TokenizerConfig(channels=4, **FULL["continuous" if name[0] == "C" else "discrete"]))
+    ours = {"encoder.jit": set(EncoderFile(tokenizer).state_dict()), "decoder.jit": set(DecoderFile(tokenizer).state_dict())}
+    for file, keys in listed_keys(name).items():
+        constants = ("wavelets", "_arange", "patch_size_buffer", "_levels", "_basis", "implicit_codebook")
+        assert {k for k in set(keys) ^ ours[file] if not k.endswith(constants)} == set()
+
+
+def test_the_folders_name_states_the_compression(folders, narrow_presets, tmp_path):
+    folder = folders["continuous", torch.float32]
+    for name, expected in (("Cosmos-0.1-Tokenizer-CV8x8x8", (8, 8)), ("CV4x8x8", (4, 8)), ("renamed", (8, 16))):
+        os.symlink(folder, tmp_path / name)
+        t = load_tokenizer(str(tmp_path / name))
+        assert (t.temporal, t.spatial) == expected
+
+
+def copy_folder(folder, to):
+    os.makedirs(to)
+    for name in ("encoder.jit", "decoder.jit"):
+        with open(os.path.join(folder, name), "rb") as a, open(os.path.join(to, name), "wb") as b:
+            b.write(a.read())
+    return str(to)
+
+
+def one_sentence(error):
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_a_truncated_jit_file_is_one_sentence(folders, narrow_presets, tmp_path, keep):
+    folder = copy_folder(folders["continuous", torch.float32], tmp_path / "x")
+    file = os.path.join(folder, "decoder.jit")
+    os.truncate(file, keep if keep >= 1 else int(os.path.getsize(file) * keep))
+    with pytest.raises(TokenizerError) as e:
+        load_tokenizer(folder)
+    assert "decoder.jit" in one_sentence(e)
+
+
+def rewrite(file, change):
+    """The zip again, with change(name, bytes) -> bytes."""
+    with zipfile.ZipFile(file) as z:
+        content = [(n, change(n, z.read(n))) for n in z.namelist()]
+    with zipfile.ZipFile(file, "w") as z:
+        for n, data in content:
+            z.writestr(n, data)
+
+
+class Evil:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_code_in_a_jit_file_is_refused_and_not_run(folders, narrow_presets, tmp_path, protocol):
+    folder = copy_folder(folders["continuous", torch.float32], tmp_path / "x")
+    trap = str(tmp_path / "run")
+    rewrite(os.path.join(folder, "encoder.jit"),
+            lambda n, b: pickle.dumps(Evil(trap), protocol) if n.endswith("/data.pkl") else b)
+    with pytest.raises(TokenizerError) as e:
+        load_tokenizer(folder)
+    assert "encoder.jit" in one_sentence(e) and "do not trust" in str(e.value) and not os.path.exists(trap)
+
+
+@pytest.mark.parametrize("damage", ["short storage", "no storage", "flipped", "not a module"])
+def test_a_damaged_jit_file_is_one_sentence(folders, narrow_presets, tmp_path, damage):
+    folder = copy_folder(folders["continuous", torch.float32], tmp_path / "x")
+    file = os.path.join(folder, "encoder.jit")
+    if damage == "flipped":  # one byte of the largest tensor: the zip's checksum notices
+        with zipfile.ZipFile(file) as z:
+            at = max((i for i in z.infolist() if "/data/" in i.filename), key=lambda i: i.file_size).header_offset
+        with open(file, "r+b") as f:
+            f.seek(at + 2000)
+            byte = f.read(1)
+            f.seek(at + 2000)
+            f.write(bytes([byte[0] ^ 255]))
+    elif damage == "no storage":
+        with zipfile.ZipFile(file) as z:
+            content = [(n, z.read(n)) for n in z.namelist() if not n.endswith("/data/3")]
+        with zipfile.ZipFile(file, "w") as z:
+            for n, data in content:
+                z.writestr(n, data)
+    else:
+        rewrite(file, lambda n, b: b[:-4] if damage == "short storage" and n.endswith("/data/3") else
+                pickle.dumps([1, 2]) if damage == "not a module" and n.endswith("/data.pkl") else b)
+    with pytest.raises(TokenizerError) as e:
+        load_tokenizer(folder)
+    assert "encoder.jit" in one_sentence(e)
+
+
+@pytest.mark.parametrize("size", [(10**6, 4), (-1, 4)])
+def test_a_tensor_beyond_its_storage_is_one_sentence(tmp_path, size):
+    """A view that reaches out of its storage must not be taken."""
+    class View:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (Storage(), 0, size, (4, 1), False, None)
+
+    class Storage:
+        pass
+
+    class Writer(pickle._Pickler):
+        def persistent_id(self, x):
+            return ("storage", torch.FloatStorage, "0", "cpu", 16) if isinstance(x, Storage) else None
+
+    stream = io.BytesIO()
+    Writer(stream, 2).dump(View())
+    with zipfile.ZipFile(tmp_path / "x.jit", "w") as z:
+        z.writestr("x/data.pkl", stream.getvalue())
+        z.writestr("x/data/0", bytes(64))
+    with pytest.raises(TokenizerError) as e:
+        tok.read_torchscript(str(tmp_path / "x.jit"))
+    assert "x.jit" in one_sentence(e)
+
+
+def test_a_folder_without_decoder_is_one_sentence(folders, narrow_presets, tmp_path):
+    folder = copy_folder(folders["continuous", torch.float32], tmp_path / "x")
+    os.remove(os.path.join(folder, "decoder.jit"))
+    with pytest.raises(TokenizerError) as e:
+        load_tokenizer(folder)
+    assert "decoder.jit" in one_sentence(e)
+
+
+def test_weights_of_another_width_are_refused(folders):
+    with pytest.raises(TokenizerError) as e:  # presets as released: 128 channels; the file has 4
+        load_tokenizer(folders["continuous", torch.float32])
+    one_sentence(e)
+
+
+# ---- our own files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(tmp_path, kind):
+    original = narrow(kind).half().float()
+    tok.save(original, str(tmp_path / "sub" / "tokenizer.pt"), step=3)
+    for path in (tmp_path / "sub" / "tokenizer.pt", tmp_path / "sub"):
+        loaded = load_tokenizer(str(path))
+        assert loaded.config == original.config
+        assert torch.equal(loaded.encode(clip(9)), original.encode(clip(9)))
+    assert os.listdir(tmp_path / "sub") == ["tokenizer.pt"]
+
+
+def test_bad_files_are_one_sentence(tmp_path):
+    good = tmp_path / "good.pt"
+    tok.save(narrow("continuous"), str(good))
+    saved = torch.load(good, weights_only=True)
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("hello")
+    trap = tmp_path / "run"
+    torch.save(Evil(str(trap)), tmp_path / "evil.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"model": {}, "config": {}}, tmp_path / "other.pt")
+    torch.save(dict(saved, config=dict(saved["config"], colour=1)), tmp_path / "field.pt")
+    torch.save(dict(saved, config=dict(saved["config"], channels=6)), tmp_path / "width.pt")
+    torch.save(dict(saved, state_dict={}), tmp_path / "none.pt")
+    for name in ("cut", "empty", "text", "evil", "list", "other", "field", "width", "none", "missing"):
+        with pytest.raises(TokenizerError) as e:
+            load_tokenizer(str(tmp_path / f"{name}.pt"))
+        assert f"{name}.pt" in one_sentence(e)
+    assert not trap.exists()
+    with pytest.raises(TokenizerError):
+        load_tokenizer(str(tmp_path))  # a folder with neither
+
+
+# ---- training and checking
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_and_check_commands(toy, tmp_path, kind, capsys):
+    size = ["--channels", "4", *(["--levels", "4,4,4"] if kind == "discrete" else ["--latent_channels", "4"])]
+    tok.main(["train", "--data", f"{toy}/raw", "--kind", kind, "--out", str(tmp_path), "--steps", "2", "--batch", "2", *size])
+    tok.main(["check", "--data", f"{toy}/raw", "--tokenizer", f"{tmp_path}/tokenizer.pt", "--num", "2"])
+    out = capsys.readouterr().out
+    assert "tokenizer.pt" in out and " dB" in out
+    assert load_tokenizer(str(tmp_path)).kind == kind
+
+
+def test_commands_end_in_a_sentence(toy, tmp_path):
+    for argv, word in ((["check", "--data", f"{toy}/raw", "--tokenizer", f"{tmp_path}/no.pt"], "no.pt"),
+                       (["check", "--data", f"{tmp_path}/no", "--tokenizer", f"{toy}/cv.pt"], "no"),
+                       (["train", "--data", f"{toy}/cv", "--kind", "continuous", "--out", str(tmp_path), "--steps", "1"], "cv")):
+        with pytest.raises(SystemExit) as e:
+            tok.main(argv)
+        assert isinstance(e.value.code, str) and word in e.value.code and "\n" not in e.value.code
+
+
+def test_psnr_by_hand():
+    a = torch.full((1, 3, 2, 4, 4), -1.0)
+    b = a.clone()
+    b[:, :, 1] += 1 / 127.5  # one grey level off in one of two frames
+    exact = tok.psnr(a, a)
+    assert abs(tok.psnr(a, b) - (exact + 48.13) / 2) < 0.01  # 10 log10(255^2)

@@ -1,0 +1,678 @@
+"""train.py and sample.py: the loop, its checkpoints, resuming, several processes, and what bad input ends in."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import flow_hwm
+import masked_hwm
+import sample
+import tokenizer as tok
+import train as training
+from blocks import VARIANTS
+from conftest import TOY_PRESET
+from train import TrainConfig, learning_rate, positions
+
+MAIN = os.path.dirname(os.path.abspath(training.__file__))
+PAIRS = [(model, variant) for model in ("masked", "flow") for variant in VARIANTS]
+both = pytest.mark.parametrize("model", ["masked", "flow"])
+
+
+TINY = [(masked_hwm.PRESETS, dict(TOY_PRESET, vocab_size=64)),
+        (flow_hwm.PRESETS, dict(TOY_PRESET, patch=1, past_at_place=True, place_table=True))]
+
+
+@pytest.fixture(autouse=True)
+def small_and_quick(request, monkeypatch):
+    """The tiny preset smaller, no sample pictures where a test does not ask for `pictures`, and afterwards the signal
+    handlers that training replaces."""
+    for presets, sizes in TINY:
+        monkeypatch.setitem(presets, "tiny", sizes)
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(training, "show", lambda *_: None)
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in kept.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture
+def pictures():
+    pass
+
+
+def config(toy, out, model="masked", variant="base", **changes):
+    fields = dict(model=model, variant=variant, preset="tiny", data=f"{toy}/{'dv' if model == 'masked' else 'cv'}", out=str(out),
+                  steps=2, batch=4, warmup=1, dtype="float32", log_every=1, sample_every=0)
+    return TrainConfig(**{**fields, **changes})
+
+
+def run(toy, out, *args, **changes):
+    """Trains, and returns what log.jsonl then says."""
+    training.train(config(toy, out, *args, **changes))
+    return log(out)
+
+
+def log(out):
+    with open(f"{out}/log.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def losses(lines):
+    return [line["loss"] for line in lines]
+
+
+def read(out, name="ckpt.pt"):
+    return torch.load(f"{out}/{name}", weights_only=True)
+
+
+def ends(main, *argv):
+    """Runs main(argv), which must end with one sentence and a non-zero code; returns the sentence."""
+    with pytest.raises(SystemExit) as e:
+        main([str(a) for a in argv])
+    assert isinstance(e.value.code, str) and "\n" not in e.value.code.strip() and "Traceback" not in e.value.code
+    return e.value.code
+
+
+def flags(toy, out, model="masked", **changes):
+    """The same run as command line flags."""
+    c = config(toy, out, model, **changes)
+    given = {f: getattr(c, f) for f in c.__dataclass_fields__ if getattr(c, f) != getattr(TrainConfig(), f)}
+    given.update(model=c.model, variant=c.variant)
+    return [a for k, v in given.items() for a in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory):
+    """{"masked": folder, "flow": folder}: a run of two steps each, with pictures."""
+    out = {}
+    for model in ("masked", "flow"):
+        out[model] = str(tmp_path_factory.mktemp("trained") / model)
+        with pytest.MonkeyPatch.context() as m:
+            for presets, sizes in TINY:
+                m.setitem(presets, "tiny", sizes)
+            run(toy, out[model], model)
+    return out
+
+
+# ---- the schedule (TRAPS 21)
+
+
+def test_learning_rate_by_hand():
+    c = TrainConfig(lr=1.0, warmup=4, steps=14, decay="linear")
+    assert [learning_rate(c, s) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(c, 4) == 1.0 and learning_rate(c, 9) == 0.5
+    assert learning_rate(c, 13) == pytest.approx(0.1) and learning_rate(c, 14) == 0
+    c.decay = "cosine"
+    assert learning_rate(c, 9) == pytest.approx(0.5) and learning_rate(c, 14) == pytest.approx(0)
+    assert learning_rate(c, 13) == pytest.approx(0.5 * (1 + np.cos(np.pi * 0.9)))
+    assert learning_rate(TrainConfig(lr=1.0, warmup=0, steps=10, decay="cosine"), 0) == 1.0
+
+
+@pytest.mark.parametrize("accum", [1, 2, 4])
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_rate_at_the_last_step_is_the_schedules(toy, tmp_path, accum, decay):
+    lines = run(toy, tmp_path, accum=accum, decay=decay, steps=5, lr=0.01, warmup=1, log_every=1)
+    last = 0.01 * (1 - 3 / 4) if decay == "linear" else 0.01 * 0.5 * (1 + np.cos(np.pi * 3 / 4))
+    assert lines[0]["lr"] == 0.01 and lines[-1]["lr"] == pytest.approx(last, abs=1e-6) and len(lines) == 5
+    assert read(tmp_path)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(last)
+
+
+def test_paper_preset_is_the_papers():
+    """Sec. 3.1 and 3.2."""
+    assert training.PRESETS["paper", "masked"] == dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear")
+    assert training.PRESETS["paper", "flow"] == dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine")
+
+
+@pytest.mark.parametrize("name, value", [("warmup", 0), ("steps", 7), ("batch", 8), ("lr", 0.5), ("decay", "linear")])
+def test_a_given_flag_is_not_replaced_by_the_presets(toy, name, value):
+    c = config(toy, "x", **{name: value})
+    training.settle(c, lambda *_: None)
+    assert getattr(c, name) == value
+
+
+def test_flags_are_the_dataclass():
+    c = training.parse(["--model", "flow", "--variant", "split", "--warmup", "0", "--lr", "0.1", "--resume"])
+    assert (c.model, c.variant, c.warmup, c.lr, c.resume, c.steps) == ("flow", "split", 0, 0.1, True, 0)
+    for bad in (["--model", "flow"], ["--model", "flow", "--variant", "other"], ["--model", "flow", "--variant", "full", "--x", "1"]):
+        with pytest.raises(SystemExit):
+            training.parse(bad)
+
+
+def test_auto_preset(toy, monkeypatch, capsys):
+    """paper only with a CUDA device and a 1X folder: the built-in robot stays tiny, encoded or not."""
+    meta = {"num_shards": 1, "query": None, "hz": 10, "num_images": 204}
+    for gpu, robot, preset in ((False, False, "tiny"), (True, False, "paper"), (True, True, "tiny")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        c = config(toy, "x", preset="auto", batch=4)
+        if robot:
+            c.data = str(toy / "robot_dv")
+            if not os.path.exists(c.data):
+                shutil.copytree(toy / "raw", toy / "robot")
+                for split, n in (("train", 204), ("val", 85)):
+                    data.save(f"{toy}/robot/{split}_v2.0/metadata.json", dict(meta, num_images=n, robot="built-in"))
+                data.encode(f"{toy}/robot", f"{toy}/dv.pt", c.data, device="cpu", progress=False)
+        said = []
+        training.settle(c, said.append)
+        assert c.preset == preset, said
+        assert preset in said[0] and "CUDA" in said[0]
+
+
+# ---- the stream of clips and noise
+
+
+def test_every_position_is_used_once_by_one_process():
+    c = TrainConfig(batch=12, accum=2)
+    for step in (0, 5):
+        taken = []
+        for rank in range(3):
+            micro = positions(c, step, rank, 3)
+            taken += [next(micro) for _ in range(2)]
+        assert all(len(m) == 2 for m in taken)
+        assert sorted(p for m in taken for p in m) == list(range(12 * step, 12 * step + 12))
+
+
+def test_stream_is_a_function_of_its_position():
+    clips = [{"video": torch.tensor(i), "actions": torch.tensor(-i)} for i in range(10)]
+    draw = lambda g: {"u": torch.rand((), generator=g)}
+    one, other = training.Stream(clips, draw, seed=3), training.Stream(clips, draw, seed=3)
+    forwards = [one[p] for p in range(25)]
+    backwards = [other[p] for p in reversed(range(25))][::-1]
+    assert forwards == backwards
+    for epoch in (range(10), range(10, 20)):
+        assert sorted(int(forwards[p][0]) for p in epoch) == list(range(10)), "an epoch is a permutation"
+    assert [f[0] for f in forwards[:10]] != [f[0] for f in forwards[10:20]]
+    assert len({float(f[2]["u"]) for f in forwards}) == 25
+    assert [training.Stream(clips, draw, seed=4)[p][0] for p in range(10)] != [f[0] for f in forwards[:10]]
+
+
+# ---- a run and its files
+
+
+@both
+def test_a_run_leaves_its_files(trained, model):
+    out = trained[model]
+    lines = log(out)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {"step", "loss", "lr", "grad_norm", "samples_per_s", "tflops", "peak_gb"} <= set(lines[0])
+    assert all(np.isfinite(v) and v >= 0 for line in lines for v in line.values()) and lines[0]["peak_gb"] > 0
+    with Image.open(f"{out}/samples/step_000002.gif") as gif:
+        assert gif.n_frames == 17
+    saved = read(out)
+    assert saved["step"] == 2 and set(saved) >= {"model", "ema", "optimizer", "step", "rng", "config", "model_config",
+                                                 "data", "tokenizer"}
+    for part in ("model", "ema"):
+        assert not any(k.startswith("module.") or "_orig_mod" in k for k in saved[part])
+    assert not [f for f in os.listdir(out) if f.endswith(".tmp")]
+
+
+@both
+def test_statistics_travel_in_the_checkpoint(toy, trained, model):
+    saved, stats = read(trained[model]), data.action_statistics(data.open_clips(f"{toy}/dv", "train"))
+    for part in ("model", "ema"):
+        torch.testing.assert_close(saved[part]["action_mean"], stats["mean"])
+        torch.testing.assert_close(saved[part]["action_std"], stats["std"])
+    if model == "flow":
+        meta = data.open_clips(f"{toy}/cv", "train").meta
+        torch.testing.assert_close(saved["ema"]["latent_std"], torch.tensor(meta["latent_std"]))
+        torch.testing.assert_close(saved["ema"]["latent_mean"], torch.tensor(meta["latent_mean"]))
+
+
+@both
+def test_training_learns(toy, tmp_path, model):
+    lines = losses(run(toy, tmp_path, model, steps=30, batch=8, lr=0.01, warmup=2))
+    assert np.mean(lines[-8:]) < 0.9 * np.mean(lines[:4]), lines
+
+
+def test_no_average_means_the_weights_themselves(toy, tmp_path):
+    run(toy, tmp_path, ema=0.0, lr=0.01)
+    saved = read(tmp_path)
+    assert all(torch.equal(saved["ema"][k], v) for k, v in saved["model"].items())
+
+
+def test_average_by_hand(toy, tmp_path):
+    """One step from w_0 to w_1: the decay is min(0.999, 2 / 11)."""
+    run(toy, tmp_path, steps=1, lr=0.01)
+    saved = read(tmp_path)
+    torch.manual_seed(0)
+    w_0 = masked_hwm.MaskedHWM(masked_hwm.MaskedConfig(**saved["model_config"])).state_dict()
+    for k in ("embed.weight", "blocks.0.mlp.0.0.weight"):
+        torch.testing.assert_close(saved["ema"][k], 2 / 11 * w_0[k] + 9 / 11 * saved["model"][k])
+        assert not torch.equal(saved["model"][k], w_0[k])
+
+
+def test_a_batch_in_which_nothing_is_hidden(toy, tmp_path, monkeypatch):
+    """One small clip with r near 1 may have no hidden token: the step has no loss, and the run goes on."""
+    draw = masked_hwm.MaskedHWM.draw
+    monkeypatch.setattr(masked_hwm.MaskedHWM, "draw", lambda self, g: dict(draw(self, g), r=torch.ones(self.config.T_f)))
+    run(toy, tmp_path, batch=1, steps=2)
+    assert read(tmp_path)["step"] == 2
+
+
+def test_a_small_validation_split_is_no_obstacle(toy, tmp_path, pictures):
+    """Sample pictures show what there is: two clips (as in ../shared/fixtures/1x_tokens), or none."""
+    shutil.copytree(toy / "raw", tmp_path / "raw")
+    video, states = data.robot_episode(3, 34, 32)
+    data.save_shard(f"{tmp_path}/raw/val_v2.0", 0, ".npy", video, states, [0] * 34)
+    data.save(f"{tmp_path}/raw/val_v2.0/metadata.json", {"num_shards": 1, "query": None, "hz": 10, "num_images": 34})
+    data.encode(f"{tmp_path}/raw", f"{toy}/dv.pt", f"{tmp_path}/dv", device="cpu", progress=False)
+    run(toy, tmp_path / "two", data=f"{tmp_path}/dv")
+    shutil.rmtree(tmp_path / "dv" / "val_v2.0")
+    run(toy, tmp_path / "none", data=f"{tmp_path}/dv")
+    assert read(tmp_path / "two")["step"] == read(tmp_path / "none")["step"] == 2
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_an_earlier_run_is_kept(toy, tmp_path, slash):
+    out = f"{tmp_path}/run{slash}"
+    run(toy, out, steps=1)
+    before = read(out)["model"]
+    run(toy, out, steps=2)
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.1"]
+    assert read(f"{tmp_path}/run.1")["step"] == 1 and all(torch.equal(v, before[k]) for k, v in read(f"{tmp_path}/run.1")["model"].items())
+    assert read(out)["step"] == 2 and len(log(out)) == 2
+
+
+# ---- resuming
+
+
+@both
+@pytest.mark.parametrize("accum", [1, 2])
+def test_resuming_is_never_having_stopped(toy, tmp_path, model, accum):
+    straight = run(toy, tmp_path / "a", model, steps=6, accum=accum)
+    run(toy, tmp_path / "b", model, steps=6, accum=accum, stop_after=3)
+    assert len(log(tmp_path / "b")) == 3
+    resumed = run(toy, tmp_path / "b", model, steps=6, accum=accum, resume=True)
+    same = lambda line: (line["step"], line["loss"], line["lr"], line["grad_norm"])
+    assert list(map(same, resumed)) == list(map(same, straight))
+    a, b = read(tmp_path / "a"), read(tmp_path / "b")
+    for part in ("model", "ema"):
+        assert all(torch.equal(v, b[part][k]) for k, v in a[part].items()), "bit for bit"
+
+
+def test_stop_after_keeps_the_schedule_and_says_how_to_go_on(toy, tmp_path, capsys):
+    lines = run(toy, tmp_path, steps=11, stop_after=3, log_every=100, decay="linear", warmup=1, lr=0.01)
+    assert [line["step"] for line in lines] == [3] and read(tmp_path)["step"] == 3
+    assert lines[0]["lr"] == pytest.approx(0.009)  # step 3 of 11 is one of the ten on the way from 0.01 to 0
+    assert "--resume" in capsys.readouterr().out
+
+
+def test_a_signal_ends_a_run_with_its_checkpoint(toy, tmp_path, monkeypatch):
+    draw, seen = masked_hwm.MaskedHWM.draw, []
+
+    def draw_and_interrupt(self, g):
+        seen.append(1)
+        if len(seen) == 6:  # within step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self, g)
+
+    monkeypatch.setattr(masked_hwm.MaskedHWM, "draw", draw_and_interrupt)
+    run(toy, tmp_path, steps=50)
+    assert read(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("name, value", [("lr", 0.5), ("steps", 9), ("seed", 1), ("variant", "full"), ("model", "flow"),
+                                         ("batch", 8), ("weight_decay", 0.5), ("ema", 0.5)])
+def test_another_flag_with_resume_is_refused_by_name(toy, trained, tmp_path, name, value):
+    shutil.copytree(trained["masked"], tmp_path / "run")
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    changes = {name: value}
+    sentence = ends(training.main, *flags(toy, tmp_path / "run", **changes, resume=True))
+    assert name in sentence and "another run" in sentence
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name, value", [("accum", 2), ("log_every", 5), ("workers", 0), ("save_every", 1)])
+def test_flags_that_change_nothing_may_change(toy, tmp_path, name, value):
+    straight = run(toy, tmp_path / "a", steps=3)
+    run(toy, tmp_path / "b", steps=3, stop_after=2)
+    resumed = run(toy, tmp_path / "b", steps=3, resume=True, **{name: value})
+    assert losses(resumed)[-1] == pytest.approx(losses(straight)[-1], abs=2e-6)
+
+
+def test_the_number_type_is_measured_once_for_a_run(toy, tmp_path, monkeypatch):
+    """--dtype auto is a stopwatch: a resumed run keeps what the first part used, or its losses would differ."""
+    monkeypatch.setattr(training, "faster_dtype", lambda *_: torch.float32)
+    straight = run(toy, tmp_path / "a", steps=4, dtype="auto")
+    run(toy, tmp_path / "b", steps=4, dtype="auto", stop_after=2)
+    monkeypatch.setattr(training, "faster_dtype", lambda *_: torch.bfloat16)
+    assert losses(run(toy, tmp_path / "b", steps=4, dtype="auto", resume=True)) == losses(straight)
+
+
+def test_a_killed_run_logs_no_step_twice(toy, tmp_path, monkeypatch):
+    """Killed between checkpoints: what was logged after the checkpoint is done again, and logged once."""
+    calls = []
+    original = training.learning_rate
+
+    def killed(config, step):
+        calls.append(step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(config, step)
+
+    monkeypatch.setattr(training, "learning_rate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, tmp_path, steps=5, save_every=2)
+    assert read(tmp_path)["step"] == 2 and len(log(tmp_path)) == 3
+    assert [line["step"] for line in run(toy, tmp_path, steps=5, save_every=2, resume=True)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_an_unusable_checkpoint_falls_back_to_the_previous(toy, tmp_path, capsys, damage):
+    straight = run(toy, tmp_path / "a", steps=5)
+    run(toy, tmp_path / "b", steps=5, save_every=2, stop_after=4)
+    file = tmp_path / "b" / "ckpt.pt"
+    assert read(tmp_path / "b", "ckpt_previous.pt")["step"] == 2
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        file.unlink()
+    run(toy, tmp_path / "b", steps=5, save_every=100, resume=True)
+    assert "ckpt_previous.pt" in capsys.readouterr().out
+    assert losses(log(tmp_path / "b"))[-3:] == losses(straight)[-3:]
+    with open(tmp_path / "b" / "ckpt_previous.pt", "rb") as f:
+        assert torch.load(f, weights_only=True)["step"] == 2, "the damaged file must not take the good one's place"
+
+
+@pytest.mark.parametrize("content", ["nothing", "truncated"])
+def test_resume_without_a_usable_checkpoint(toy, trained, tmp_path, content):
+    os.makedirs(tmp_path / "run")
+    if content == "truncated":
+        with open(f"{trained['masked']}/ckpt.pt", "rb") as f:
+            (tmp_path / "run" / "ckpt.pt").write_bytes(f.read()[:3000])
+    assert "ckpt.pt" in ends(training.main, *flags(toy, tmp_path / "run", resume=True))
+
+
+# ---- how a batch is divided changes nothing
+
+
+@both
+def test_accumulation_changes_nothing(toy, tmp_path, model):
+    whole, parts = (run(toy, tmp_path / str(n), model, steps=4, accum=n, lr=1e-3) for n in (1, 4))
+    np.testing.assert_allclose(losses(whole), losses(parts), atol=1e-5)
+
+
+DRIVER = """
+    import json, os, sys
+    sys.path[:0] = [{main!r}, {tests!r}]
+    import torch, train, test_train
+    torch.set_num_threads(1)
+    for presets, sizes in test_train.TINY:
+        presets["tiny"] = sizes
+    show = train.show
+    with open(sys.argv[1]) as f:
+        runs = json.load(f)
+    for port, with_pictures, config in runs:
+        os.environ["MASTER_PORT"] = str(port)
+        train.show = show if with_pictures else lambda *_: None
+        train.train(train.TrainConfig(**config))
+"""
+
+
+def free_ports(n):
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("localhost", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def two_processes(toy, tmp_path_factory):
+    """All eight pairs, two steps each, and the runs that are compared with one process, on two gloo processes that each
+    train them one after the other (the environment is torchrun's). -> folder of the runs"""
+    root = tmp_path_factory.mktemp("two")
+    configs = [config(toy, root / f"{m}_{v}", m, v) for m, v in PAIRS]
+    configs += [config(toy, root / f"four_{m}", m, "full", steps=4, lr=1e-3) for m in ("masked", "flow")]
+    configs += [config(toy, root / "accum", "masked", "full", steps=4, lr=1e-3, accum=2, stop_after=2),
+                config(toy, root / "accum", "masked", "full", steps=4, lr=1e-3, accum=2, resume=True)]
+    (root / "driver.py").write_text(textwrap.dedent(DRIVER).format(main=MAIN, tests=os.path.dirname(os.path.abspath(__file__))))
+    (root / "runs.json").write_text(json.dumps([[p, c.variant == "split", vars(c)] for p, c in zip(free_ports(len(configs)), configs)]))
+    own = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", OMP_NUM_THREADS="1")
+    jobs = [subprocess.Popen([sys.executable, root / "driver.py", root / "runs.json"], env=dict(own, RANK=str(r), LOCAL_RANK=str(r)),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    try:
+        out = [job.communicate(timeout=240) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    for job, (_, err) in zip(jobs, out):
+        assert job.returncode == 0, err[-3000:]
+    (root / "out_1.txt").write_text(out[1][0])
+    return root
+
+
+@pytest.mark.parametrize("model, variant", PAIRS)
+def test_every_pair_trains_on_two_processes_and_samples(two_processes, model, variant):
+    out = two_processes / f"{model}_{variant}"
+    assert [line["step"] for line in log(out)] == [1, 2]
+    saved = read(out)
+    assert not any(k.startswith("module.") or "_orig_mod" in k for k in [*saved["model"], *saved["ema"]])
+    sample.main(["--ckpt", f"{out}/ckpt.pt", "--out", f"{out}/dream", "--num", "1", "--steps", "2", "--device", "cpu"])
+    with Image.open(f"{out}/dream/dream.gif") as gif, Image.open(f"{out}/dream/dream.png") as png:
+        assert gif.n_frames == 17 and png.width > 17
+    assert os.path.exists(f"{out}/samples/step_000002.gif") == (variant == "split")
+
+
+@both
+def test_two_processes_are_one(toy, two_processes, tmp_path, model):
+    one = run(toy, tmp_path, model, "full", steps=4, lr=1e-3)
+    two = log(two_processes / f"four_{model}")
+    np.testing.assert_allclose(losses(one), losses(two), atol=1e-5)
+    np.testing.assert_allclose([line["grad_norm"] for line in one], [line["grad_norm"] for line in two], rtol=1e-3)
+
+
+def test_two_processes_with_accumulation_and_a_stop_are_one(two_processes):
+    np.testing.assert_allclose(losses(log(two_processes / "accum")), losses(log(two_processes / "four_masked")), atol=1e-5)
+
+
+def test_only_the_first_process_prints(two_processes):
+    assert not (two_processes / "out_1.txt").read_text()
+
+
+# ---- sampling from a checkpoint
+
+
+@pytest.mark.parametrize("model, actions", [("masked", "shuffled"), ("flow", "turn_left")])
+def test_sample_command(trained, tmp_path, model, actions):
+    argv = ["--ckpt", f"{trained[model]}/ckpt.pt", "--num", "1", "--actions", actions, "--device", "cpu", "--steps", "2"]
+    sample.main([*argv, "--out", f"{tmp_path}/a"])
+    sample.main([*argv, "--out", f"{tmp_path}/b"])
+    assert sorted(os.listdir(tmp_path / "a")) == ["dream.gif", "dream.png"]
+    for name in ("dream.gif", "dream.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), "the same seed, the same dream"
+
+
+@both
+def test_rollout_goes_on_from_the_dream(toy, trained, model):
+    net, saved = sample.load_model(f"{trained[model]}/ckpt.pt")
+    tokenizer, clips = tok.load_tokenizer(f"{toy}/{'dv' if model == 'masked' else 'cv'}.pt"), data.open_clips(f"{toy}/raw", "val")
+    few = dict(K=1, temperature=0.0) if model == "masked" else dict(steps=1)
+    short, long = (sample.dream(net, tokenizer, clips, num=2, windows=w, **few) for w in (1, 3))
+    assert long["prediction"].shape == (2, 24, 32, 32, 3) and short["context"].shape == (2, 9, 32, 32, 3)
+    assert np.array_equal(long["prediction"][:, :8], short["prediction"])
+    assert np.array_equal(long["truth"], short["truth"])
+    same = sample.dream(net, tokenizer, clips, num=2, actions="true", **few)
+    assert np.array_equal(same["prediction"], same["other"]), "the same noise: only the actions differ"
+
+
+def test_named_motions_by_hand(toy, trained):
+    net, _ = sample.load_model(f"{trained['masked']}/ckpt.pt")
+    clips = data.open_clips(f"{toy}/raw", "val")
+    a, other = clips[0]["actions"], clips[1]["actions"]
+    i = {n: k for k, n in enumerate(clips.names)}
+    mean, std = net.action_mean, net.action_std
+    for name in sample.ACTIONS:
+        b = sample.change_actions(name, a, net, clips, another=other)
+        assert b.shape == a.shape and torch.equal(b[:9], a[:9]), "the past stays"
+    changed = lambda name: sample.change_actions(name, a, net, clips, another=other)
+    assert torch.equal(changed("true"), a) and torch.equal(changed("shuffled")[9:], other[9:])
+    still = a[8].repeat(8, 1)
+    still[:, [i["LINEAR_VELOCITY"], i["ANGULAR_VELOCITY"]]] = 0
+    assert torch.equal(changed("frozen")[9:], still)
+    for name, joint, s in (("drive", "LINEAR_VELOCITY", 2), ("turn_left", "ANGULAR_VELOCITY", 2),
+                           ("turn_right", "ANGULAR_VELOCITY", -2), ("look_up", "NECK_PITCH", -2)):
+        b = changed(name)
+        torch.testing.assert_close(b[12:, i[joint]], (mean + s * std)[i[joint]].expand(5))
+        rest = [k for k in range(25) if k != i[joint]]
+        assert torch.equal(b[9:, rest], still[:, rest])
+
+
+def test_export_samples_alike(trained, tmp_path):
+    for model in ("masked", "flow"):
+        file = f"{tmp_path}/{model}.pt"
+        sample.main(["--ckpt", f"{trained[model]}/ckpt.pt", "--export", file])
+        assert os.path.getsize(file) < 0.5 * os.path.getsize(f"{trained[model]}/ckpt.pt")
+        sample.main(["--ckpt", file, "--num", "1", "--steps", "1", "--out", f"{tmp_path}/{model}", "--device", "cpu"])
+        exact, small = (sample.load_model(f)[0].state_dict() for f in (f"{trained[model]}/ckpt.pt", file))
+        assert all(torch.allclose(v, small[k], atol=1e-3, rtol=1e-3) for k, v in exact.items())
+
+
+def test_red_stays_red(tmp_path):
+    """TRAPS 20: what is written into the pictures is what the clip holds, in RGB."""
+    red = np.zeros((1, 9, 32, 32, 3), np.uint8)
+    red[..., 0] = 255
+    rows = sample.picture_rows({"context": red, **{k: red[:, :8] for k in ("truth", "prediction", "other")}})
+    sample.save_png(rows, f"{tmp_path}/x.png")
+    sample.save_gif(rows, f"{tmp_path}/x.gif")
+    with Image.open(f"{tmp_path}/x.png") as png, Image.open(f"{tmp_path}/x.gif") as gif:
+        assert png.convert("RGB").getpixel((150, 60)) == (255, 0, 0)
+        r, g, b = gif.convert("RGB").getpixel((60, 60))
+        assert r > 250 and g < 5 and b < 5
+
+
+# ---- checkpoints and bad input
+
+
+class Evil:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+def bad_checkpoint(name, good, toy, tmp_path):
+    file = tmp_path / f"{name}.pt"
+    if name == "tokenizer":
+        shutil.copy(f"{toy}/dv.pt", file)
+    elif name == "truncated":
+        file.write_bytes(open(good, "rb").read()[:20_000])
+    elif name == "flipped":
+        content = bytearray(open(good, "rb").read())
+        content[len(content) // 2] ^= 255
+        file.write_bytes(content)
+    elif name == "text":
+        file.write_text("hello")
+    elif name == "empty":
+        file.write_bytes(b"")
+    elif name == "evil":
+        torch.save({**torch.load(good, weights_only=True), "rng": Evil(str(tmp_path / "run"))}, file)
+    elif name == "folder":
+        file.mkdir()
+    elif name != "missing":
+        saved = torch.load(good, weights_only=True)
+        if name == "other model":
+            saved["config"]["model"] = "flow"
+        elif name == "unknown model":
+            saved["config"]["model"] = "diffusion"
+        elif name == "no weights":
+            saved["ema"] = {}
+        elif name == "not a dict":
+            saved["config"] = [1, 2]
+        torch.save(saved, file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "truncated", "flipped", "text", "empty", "evil", "folder", "missing", "other model",
+                                  "unknown model", "no weights", "not a dict"])
+def test_a_bad_checkpoint_is_one_sentence(toy, trained, tmp_path, name):
+    file = bad_checkpoint(name, f"{trained['masked']}/ckpt.pt", toy, tmp_path)
+    assert str(file) in ends(sample.main, "--ckpt", file, "--out", tmp_path / "out", "--device", "cpu")
+    assert not (tmp_path / "run").exists(), "code in a checkpoint must not run"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv, word", [(["--num", "6"], "--num 6"), (["--num", "0"], "--num"), (["--steps", "0"], "--steps"),
+                                        (["--temperature", "-1"], "--temperature"), (["--rollout", "0"], "--rollout"),
+                                        (["--data", "nowhere"], "nowhere"), (["--tokenizer", "nowhere.pt"], "nowhere.pt")])
+def test_bad_sampling_flags_are_one_sentence(trained, tmp_path, argv, word):
+    assert word in ends(sample.main, "--ckpt", f"{trained['masked']}/ckpt.pt", "--out", tmp_path / "out", "--device", "cpu", *argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_is_refused(toy, trained, tmp_path):
+    assert "SHA-256" in ends(sample.main, "--ckpt", f"{trained['masked']}/ckpt.pt", "--tokenizer", f"{toy}/cv.pt", "--out", tmp_path)
+
+
+def test_bad_training_input_is_one_sentence(toy, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for changes, words in ((dict(data=f"{tmp_path}/nowhere"), ["nowhere"]), (dict(data=f"{tmp_path}/empty"), ["empty"]),
+                           (dict(data=f"{toy}/cv"), ["cv", "continuous"]), (dict(data=f"{toy}/raw"), ["raw", "--encode"]),
+                           (dict(data=f"{toy}/raw", encode=True, tokenizer=f"{tmp_path}/no.pt"), ["no.pt"]),
+                           (dict(batch=5, accum=2), ["--batch 5", "multiple of 2"])):
+        sentence = ends(training.main, *flags(toy, tmp_path / "run", **changes))
+        assert all(w in sentence for w in words), sentence
+    assert os.listdir(tmp_path) == ["empty"] and not os.listdir(tmp_path / "empty"), "nothing is written"
+
+
+def test_a_missing_tokenizer_is_said_before_training(toy, tmp_path):
+    assert "no.pt" in ends(training.main, *flags(toy, tmp_path / "run", tokenizer=f"{tmp_path}/no.pt"))
+
+
+def test_unknown_preset_and_flags(toy, tmp_path, capsys):
+    for argv in (["--preset", "huge"], ["--colour", "red"], ["--variant", "none"]):
+        with pytest.raises(SystemExit) as e:
+            training.main([*flags(toy, tmp_path / "run"), *argv])
+        assert e.value.code != 0 and argv[0] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(toy, tmp_path, monkeypatch):
+    run(toy, tmp_path, steps=4, stop_after=2)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    forward = masked_hwm.MaskedHWM.forward
+    monkeypatch.setattr(masked_hwm.MaskedHWM, "forward", lambda *a: (forward(*a)[0] * float("nan"), forward(*a)[1]))
+    sentence = ends(training.main, *flags(toy, tmp_path, steps=4, resume=True))
+    assert "nan" in sentence and "shard 0" in sentence and (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_raw_data_is_encoded_on_request(toy, tmp_path):
+    shutil.copytree(toy / "raw", tmp_path / "raw")
+    run(toy, tmp_path / "run", data=f"{tmp_path}/raw", encode=True, tokenizer=f"{toy}/dv.pt")
+    assert data.open_clips(f"{tmp_path}/raw_discrete", "train").kind == "discrete"
+    assert read(tmp_path / "run")["step"] == 2
+
+
+def test_a_tokenizers_folder_is_as_good_as_its_file(toy, tmp_path):
+    """`tokenizer.py train --out DIR` makes it, `data.py encode --tokenizer DIR` takes it."""
+    os.makedirs(tmp_path / "tokenizer")
+    shutil.copy(f"{toy}/dv.pt", tmp_path / "tokenizer" / "tokenizer.pt")
+    data.encode(f"{toy}/raw", f"{tmp_path}/tokenizer", f"{tmp_path}/dv", device="cpu", progress=False)
+    a, b = (data.open_clips(f, "val")[0]["video"] for f in (f"{toy}/dv", f"{tmp_path}/dv"))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("temporal, spatial", [(4, 8), (8, 16)])
+def test_any_tokenizer_that_can_be_trained_can_be_used(toy, tmp_path, temporal, spatial):
+    """--temporal_compression 4 gives 3 past and 2 future latents."""
+    torch.manual_seed(0)
+    c = tok.TokenizerConfig(channels=4, channels_mult=(1, 1, 1), num_res_blocks=1, z_channels=4, latent_channels=4,
+                            temporal_compression=temporal, spatial_compression=spatial)
+    tok.save(tok.Tokenizer(c), f"{tmp_path}/t.pt")
+    data.encode(f"{toy}/raw", f"{tmp_path}/t.pt", f"{tmp_path}/cv", device="cpu", progress=False)
+    run(toy, tmp_path / "run", "flow", data=f"{tmp_path}/cv")
+    sizes = read(tmp_path / "run")["model_config"]
+    assert (sizes["temporal"], sizes["T_p"], sizes["T_f"], sizes["H"]) == (temporal, 1 + 8 // temporal, 8 // temporal, 32 // spatial)
