@@ -202,7 +202,8 @@ class MaskedBlock(nn.Module):
         self.norm_t, self.temporal = nn.LayerNorm(D), SelfAttention(D, n_head)
         if variant == "split":
             self.action = SelfAttention(D, n_head)
-            self.norm_c, self.cross = nn.LayerNorm(D), SelfAttention(D, n_head)
+            self.norm_c = nn.LayerNorm(D)
+            self.cross_q, self.cross_kv, self.cross_out = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
         self.mlp_variant = "full" if variant == "split" else variant
         self.norm_m = nn.LayerNorm(D)
         self.mlp = nn.ModuleList(MLP(D, hidden) for _ in range(max(SHARING[self.mlp_variant]) + 1))
@@ -241,26 +242,23 @@ class MaskedBlock(nn.Module):
 
     def split_attention(self, x, layout, rope):
         """Each stream by itself, then v_f asks the other three. Only v_f ever learns of v_f."""
-        S, bounds = layout.S, list(layout.lengths[:3])
-        bounds = [sum(bounds[: i + 1]) for i in range(3)]
-        streams, ropes = x.tensor_split(bounds, dim=1), [t.tensor_split(bounds) for t in rope]
-        ropes = list(zip(*ropes))
-        done = []
-        for stream, table, is_video in zip(streams, ropes, (True, True, False, False)):
-            attention = self.temporal if is_video else self.action
+        S, done = layout.S, []
+        tables = list(zip(*(t.split(layout.lengths) for t in rope)))  # each stream's own piece of the one clock
+        for stream, table, video in zip(x.split(layout.lengths, dim=1), tables, (True, True, False, False)):
+            attention = self.temporal if video else self.action
             q, k, v = attention.project(self.norm_t(stream), table)
-            if is_video:  # (B, h, S, T, d): time is the sequence
-                y = F.scaled_dot_product_attention(*(at_places(z, S) for z in (q, k, v)))
-                y = rearrange(y, "b h s t d -> b h (t s) d")
-            else:
-                y = F.scaled_dot_product_attention(q, k, v)
+            if video:  # (B, h, S, T, d): at each place, over time
+                q, k, v = (at_places(y, S) for y in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v)
+            y = rearrange(y, "b h s t d -> b h (t s) d") if video else y
             done.append(stream + attention.out(merge(y)))
         v_p, v_f, a_p, a_f = done
-        q, _, _ = self.cross.project(self.norm_c(v_f), ropes[1])
-        _, k, v = self.cross.project(self.norm_c(torch.cat([v_p, a_p, a_f], 1)), tuple(
-            torch.cat([t[: bounds[0]], t[bounds[1]:]]) for t in rope))
-        (k, k_a), (v, v_a) = (y.tensor_split([bounds[0]], dim=2) for y in (k, v))
-        v_f = v_f + self.cross.out(merge(temporal_attention(q, k, v, S, k_a, v_a)))
+        context = torch.cat([v_p, a_p, a_f], dim=1)
+        context_rope = [torch.cat([t_p, t_ap, t_af]) for t_p, _, t_ap, t_af in zip(*tables)]
+        q = rotate(heads(self.cross_q(self.norm_c(v_f)), self.n_head), tables[1])
+        k, v = (heads(y, self.n_head) for y in self.cross_kv(self.norm_c(context)).chunk(2, dim=-1))
+        (k, k_a), (v, v_a) = (y.tensor_split([layout.lengths[0]], dim=2) for y in (rotate(k, context_rope), v))
+        v_f = v_f + self.cross_out(merge(temporal_attention(q, k, v, S, k_a, v_a)))
         return v_f if self.last else torch.cat([v_p, v_f, a_p, a_f], dim=1)
 
 
@@ -379,10 +377,11 @@ class FlowBlock(nn.Module):
 
 
 def main():
+    count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:6.2f} M"
     for variant in VARIANTS:
-        print(f"{variant:9s} layers of a 24-layer model: {', '.join(layer_variants(variant, 24))}")
-        for name, block in (("masked", MaskedBlock(512, 8, 2048, variant)), ("flow", FlowBlock(1172, 4, 4688, 256, variant))):
-            print(f"    {name} block at the paper's width: {sum(p.numel() for p in block.parameters()) / 1e6:.2f} M parameters")
+        layers = layer_variants(variant, 24)
+        print(f"{variant:9s} {layers.count('base')} of 24 layers are base; parameters of a layer at the paper's width: masked "
+              f"{count(MaskedBlock(512, 8, 2048, variant))}, flow {count(FlowBlock(1172, 4, 4688, 256, variant))}")
 
 
 if __name__ == "__main__":

@@ -246,14 +246,16 @@ def main():
     show = lambda what, x: print(f"{what:58s} {tuple(x.shape) if hasattr(x, 'shape') else x}")
     show("latents of a clip, 2 past + 1 future latent frames", latents)
     show("actions, 9 past + 8 future frames", actions)
-    draws = {k: torch.stack([model.draw(torch.Generator().manual_seed(i))[k] for i in range(B)]) for k in model.draw(None)}
+    drawn = [model.draw(torch.Generator().manual_seed(i)) for i in range(B)]
+    draws = {k: torch.stack([d[k] for d in drawn]) for k in drawn[0]}
     show("drawn for the loss", ", ".join(f"{k} {tuple(v.shape)}" for k, v in draws.items()))
     v_p, X_1 = latents.split([2, 1], dim=2)
     X_t = interpolate(draws["X_0"], X_1, draws["t"], model.config.sigma_min)
     show("X_t between noise and data (Eq. 1)", X_t)
     show("V_t, what the network shall say there (Eq. 2)", target_velocity(draws["X_0"], X_1, model.config.sigma_min))
     show("streams v_p, v_f, a_p, a_f, in tokens", model.layout.lengths)
-    x = torch.cat([model.embed_p(model.patchify(v_p)), model.embed_f(model.patchify(X_t)), model.embed_action(actions)], 1)
+    x = torch.cat([model.embed_p(model.patchify(v_p)), model.embed_f(model.patchify(X_t)),
+                   model.embed_action(actions)], dim=1)
     show("embedded tokens, one tensor (B, N, D)", x)
     time = model.embed_time(time_embedding(draws["t"], model.config.time_width))
     show("time embedding, which modulates every block", time)

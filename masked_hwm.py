@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from blocks import ActionsAtPlace, Layout, MaskedBlock, layer_variants, masked_rope
+from blocks import ActionsAtPlace, Layout, MaskedBlock, Rope, layer_variants, masked_rope
 
 
 @dataclass
@@ -117,8 +117,8 @@ class MaskedHWM(nn.Module):
         """Rotary tables, built once per layout and device."""
         key = (layout, str(device))
         if key not in self.ropes:
-            space, time = masked_rope(layout, self.config.width // self.config.n_head)
-            self.ropes[key] = type(masked_rope(layout, 2))(tuple(t.to(device) for t in space), tuple(t.to(device) for t in time))
+            tables = masked_rope(layout, self.config.width // self.config.n_head)
+            self.ropes[key] = Rope(*(tuple(t.to(device) for t in table) for table in tables))
         return self.ropes[key]
 
     def logits(self, L, M, actions, where=None):
@@ -245,7 +245,8 @@ def main():
     show = lambda what, x: print(f"{what:58s} {tuple(x.shape) if hasattr(x, 'shape') else x}")
     show("ids L of a clip, 2 past + 1 future latent frames", L)
     show("actions, 9 past + 8 future frames", actions)
-    draws = {k: torch.stack([model.draw(torch.Generator().manual_seed(i))[k] for i in range(B)]) for k in model.draw(None)}
+    drawn = [model.draw(torch.Generator().manual_seed(i)) for i in range(B)]
+    draws = {k: torch.stack([d[k] for d in drawn]) for k in drawn[0]}
     show("drawn for the loss", ", ".join(f"{k} {tuple(v.shape)}" for k, v in draws.items()))
     L_noisy, M = model.corrupt(L, draws)
     show("mask M over the future (Sec. 2.2)", M)
@@ -253,7 +254,8 @@ def main():
     show("streams v_p, v_f, a_p, a_f, in tokens", model.layout.lengths)
     x = torch.cat([model.embed(L_noisy).flatten(1, 3), model.embed_action(actions)], 1)
     show("embedded tokens, one tensor (B, N, D)", x)
-    show("after one block (spatial, temporal attention, MLP)", model.blocks[0](x, model.layout, model.rope(model.layout, x.device)))
+    show("after one block (spatial, temporal attention, MLP)",
+         model.blocks[0](x, model.layout, model.rope(model.layout, x.device)))
     show("v_f after the last block", model.features(L_noisy, M, actions))
     show("logits, hidden future tokens only", model.logits(L_noisy, M, actions))
     total, count = model(L, actions, draws)

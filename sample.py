@@ -32,7 +32,7 @@ SAMPLING = {  # the paper's settings (Sec. 3.1, 3.2), and those that score best 
     ("paper", "masked"): dict(K=2, temperature=1.0),
     ("paper", "flow"): dict(steps=50, cfg=3.0),
     ("tiny", "masked"): dict(K=2, temperature=0.5),
-    ("tiny", "flow"): dict(steps=5, cfg=1.5),
+    ("tiny", "flow"): dict(steps=5, cfg=1.0),
 }
 ACTIONS = ("true", "shuffled", "frozen", "drive", "turn_left", "turn_right", "look_up", "reach")
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -256,6 +256,17 @@ def test_which_stream_learns_of_which(family, variant):
     assert torch.equal(learns, expected)
 
 
+def test_actions_at_place_are_those_of_the_tokens_own_frames():
+    layer, S, T_f = shake(blocks.ActionsAtPlace(A, D, temporal=8)), 3, 2
+    a_f = torch.randn(2, 8 * T_f, A, generator=generator()).requires_grad_()
+    y = layer(a_f, S)
+    assert y.shape == (2, T_f * S, D)
+    for t in range(T_f):
+        for s in range(S):  # future latent t is of the future frames 8 t .. 8 t + 7, at every place
+            (g,) = torch.autograd.grad(y[:, t * S + s].sum(), a_f, retain_graph=True)
+            assert (g.abs().amax((0, 2)) > 0).tolist() == [8 * t <= j < 8 * t + 8 for j in range(8 * T_f)]
+
+
 # ---- TRAPS 5: residuals
 
 
@@ -493,7 +504,7 @@ def test_paper_sizes_and_what_a_layer_holds(family, variant):
         if family == "masked":
             h = 512
             assert tops == {"norm_s", "spatial", "norm_t", "temporal", "norm_m", "mlp"} | (
-                {"action", "norm_c", "cross"} if kind == "split" else set())
+                {"action", "norm_c", "cross_q", "cross_kv", "cross_out"} if kind == "split" else set())
             weights = (4 * 4 + 8 if kind == "split" else 2 * 4 + 8 * SETS[kind]) * h * h
         else:
             h = 1172
@@ -515,7 +526,7 @@ def test_no_attention_normalises_its_queries(family, variant):
     """Longer queries make every attention sharper: in none of the variants is there a QK-norm."""
     block, x = toy_block(family, variant), tokens()
     y = run_block(family, block, x)
-    queries = [m for n, m in block.named_modules() if n.split(".")[-1] in ("q", "qkv")]
+    queries = [m for n, m in block.named_modules() if n.split(".")[-1] in ("q", "cross_q", "qkv")]
     assert len(queries) == ({"split": 4}.get(variant, 2) if family == "masked" else {"split": 3, **SETS}[variant])
     for m in queries:
         for p in (m.weight, m.bias):
@@ -723,7 +734,8 @@ def test_sample_as_many_latents_as_there_are_actions_for(family, variant, T_f):
 
 @pytest.mark.parametrize("drop", ["both", "past", "actions"])
 def test_guidance_goes_from_unconditional_to_conditional(drop):
-    model, (video, actions) = toy_model("flow", drop=drop, past_at_place=True, place_table=True), toy_clips("flow")
+    model, (video, actions) = toy_model("flow", drop=drop, past_at_place=True, place_table=True,
+                                        actions_at_place=True), toy_clips("flow")
     past = video[:, :, :2]
     X_0 = torch.randn(2, 3, 1, 4, 6, generator=generator())
     no, t = torch.zeros(2, dtype=torch.bool), torch.zeros(1)
@@ -739,7 +751,8 @@ def test_guidance_goes_from_unconditional_to_conditional(drop):
 @pytest.mark.parametrize("which", ["past", "actions"])
 def test_a_dropped_condition_is_gone(which):
     """Of both clips only the second keeps it: the first then does not depend on it, the second does."""
-    model, (video, actions) = toy_model("flow", past_at_place=True, place_table=True), toy_clips("flow")
+    model, (video, actions) = toy_model("flow", past_at_place=True, place_table=True,
+                                        actions_at_place=True), toy_clips("flow")
     keep, t, X_t = torch.tensor([False, True]), torch.tensor([0.2, 0.7]), video[:, :, 2:]
 
     def velocity(factor):
@@ -762,7 +775,7 @@ def test_conditions_are_dropped_at_the_documented_rate():
 
 @both
 def test_actions_enter_standardised(family):
-    model, (video, actions) = toy_model(family), toy_clips(family)
+    model, (video, actions) = toy_model(family, actions_at_place=True), toy_clips(family)
     draws = toy_draws(model)
     expected = model(video, actions, draws)[0]
     mean, std = torch.arange(A) * 1.0, torch.tensor([2.0, 0.5, 1, 3, 1])

@@ -400,6 +400,25 @@ def test_resume_without_a_usable_checkpoint(toy, trained, tmp_path, content):
 def test_accumulation_changes_nothing(toy, tmp_path, model):
     whole, parts = (run(toy, tmp_path / str(n), model, steps=4, accum=n, lr=1e-3) for n in (1, 4))
     np.testing.assert_allclose(losses(whole), losses(parts), atol=1e-5)
+    np.testing.assert_allclose([line["grad_norm"] for line in whole], [line["grad_norm"] for line in parts], rtol=1e-3)
+
+
+@both
+@pytest.mark.parametrize("accum", [1, 2])
+def test_the_first_step_follows_the_gradient_of_the_mean_loss(toy, tmp_path, model, accum):
+    """Loss and norm of the gradient, computed here in one piece. For masked the mean is over hidden tokens."""
+    (line,) = run(toy, tmp_path, model, steps=1, accum=accum)
+    Model, Config, _ = sample.MODELS[model]
+    torch.manual_seed(0)
+    net, clips = Model(Config(**read(tmp_path)["model_config"])), data.open_clips(config(toy, "", model).data, "train")
+    net.set_statistics(*data.action_statistics(clips).values(),
+                       *([torch.tensor(clips.meta[f"latent_{k}"]) for k in ("mean", "std")] if model == "flow" else []))
+    stream = training.Stream(clips, net.draw, seed=0)
+    total, count = net(*torch.utils.data.default_collate([stream[p] for p in range(4)]))
+    mean = total / count
+    mean.backward()
+    norm = torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm()
+    assert line["loss"] == pytest.approx(mean.item(), rel=1e-5) and line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 DRIVER = """
