@@ -317,8 +317,8 @@ class Clips(torch.utils.data.Dataset):
         axes = {"discrete": 3, "continuous": 4}[self.kind]
         self.shape = tuple(read_key(
             self.meta, file, "clip_shape",
-            lambda v: is_list(v, int) and len(v) == axes and min(v) > 0 and v[-3] == 3,
-            "[channels if continuous, 3, height, width], with the 3 latent frames of 1 + 8 x 2 frames",
+            lambda v: is_list(v, int) and len(v) == axes and min(v) > 0 and v[-3] in (3, 5),
+            "[channels if continuous, 3, height, width] with the 3 latent frames of 17 frames (5 at temporal 4)",
             [3, 32, 32]))
         tokenizer = read_key(self.meta, file, "tokenizer", lambda v: isinstance(v, dict), "a JSON object", {})
         self.vocab_size = read_key(tokenizer, file, "vocab_size", is_count, "a positive number", VOCAB_SIZE)
@@ -923,7 +923,8 @@ CLIPS_PER_SHARD = 256
 def fingerprint(path):
     """SHA-256 of a tokenizer: of its file, or of a Cosmos folder's encoder.jit and decoder.jit."""
     digest = hashlib.sha256()
-    for file in [f"{path}/encoder.jit", f"{path}/decoder.jit"] if os.path.isdir(path) else [path]:
+    for file in ([path] if not os.path.isdir(path) else [f"{path}/tokenizer.pt"] if os.path.exists(f"{path}/tokenizer.pt")
+                 else [f"{path}/encoder.jit", f"{path}/decoder.jit"]):
         try:
             with open(file, "rb") as f:
                 while block := f.read(2 ** 24):
@@ -975,7 +976,7 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
     shape, dtype = (shape, "int32") if kind == "discrete" else ([about["channels"], *shape], "float16")
     clip_bytes, state_bytes = math.prod(shape) * np.dtype(dtype).itemsize, 4 * FRAMES * clips.action_dim
     layout = {"source": os.path.abspath(clips.path), "size": size, "stride": stride,
-              "frame_stride": clips.frame_stride}
+              "frame_stride": clips.frame_stride, **{k: clips.meta[k] for k in ("robot",) if k in clips.meta}}
     claim(folder, {**layout, "clips": len(clips), "batch": batch, "tokenizer_sha256": about["sha256"]})
 
     shards = [range(a, min(a + CLIPS_PER_SHARD, len(clips))) for a in range(0, len(clips), CLIPS_PER_SHARD)]

@@ -295,10 +295,10 @@ def kid(xx, xy, yy):
 
 def set_scores(moments, features, seed=0, n_halves=50):
     """moments {"model", "copy_last", 0, 1}, the last two of the targets of every other clip; features
-    (clips, 2, 8, d) of the dreamt and target frames of some clips -> FD and KID with 95 % intervals over clips.
-    Clips drawn with replacement would come twice, which inflates both; random halves spread around their mean as
-    the whole would. Dreams and targets show the same scenes: FD may lie below the floor, which is between two
-    halves that do not, each with half the frames."""
+    (clips, 2, 8, d) of the dreamt and target frames of some clips -> FD and KID with 95 % intervals over
+    clips. Clips drawn with replacement would come twice, which inflates both; random halves spread around
+    their mean as the whole would. Dreams and targets show the same scenes: FD may lie below the floor, which
+    is between two halves that do not, each with half the frames."""
     real, (n, _, n_f, d) = moments[0] + moments[1], features.shape
     by_clip = [g.reshape(n, n_f, n, n_f) for g in grams(*features.swapaxes(0, 1).reshape(2, n * n_f, d))]
     part = lambda some: [g[some][:, :, some].reshape(len(some) * n_f, -1) for g in by_clip]

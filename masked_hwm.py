@@ -169,13 +169,13 @@ class MaskedHWM(nn.Module):
             rank = torch.rand(B, H * W, generator=generator).argsort(dim=1).argsort(dim=1).to(L.device)
             for k in range(1, K + 1):
                 hidden = M & current
-                p = probabilities(self.logits(L, M, actions, where=hidden), temperature)
-                ids = draw_ids(p, generator)
+                logits = self.logits(L, M, actions, where=hidden)
+                ids = draw_ids(probabilities(logits, temperature), generator)
                 L = L.clone()
                 L[:, T_p:][hidden] = ids
                 if order == "confidence":  # certain tokens first; what is fixed already stays in front
                     score = torch.full((B, H * W), 2.0, device=L.device)
-                    score[hidden[:, t].flatten(1)] = p.gather(1, ids[:, None])[:, 0].float()
+                    score[hidden[:, t].flatten(1)] = probabilities(logits, 1.0).gather(1, ids[:, None])[:, 0]
                     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
                 M[:, t] = (rank >= n_fixed(k, K, H * W)).unflatten(1, (H, W))
                 if trace is not None:
@@ -199,7 +199,7 @@ def draw_ids(p, generator=None):
     """One id for each row of p (n, vocab), by inverting the distribution: one uniform number a row, whatever the device."""
     u = torch.rand(len(p), 1, generator=generator).to(p.device, p.dtype)
     c = p.cumsum(-1)
-    return torch.searchsorted(c, u * c[:, -1:]).clamp(max=p.shape[1] - 1)[:, 0]
+    return torch.searchsorted(c, u * c[:, -1:], right=True).clamp(max=p.shape[1] - 1)[:, 0]
 
 
 class LinearCrossEntropy(torch.autograd.Function):

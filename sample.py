@@ -62,8 +62,10 @@ def read_checkpoint(file):
         why = "it asks for more than tensors and plain values, do not trust it" if isinstance(e, pickle.UnpicklingError) else (
             f"truncated, damaged, or not a checkpoint: {type(e).__name__}")
         raise CheckpointError(f"{file} cannot be used ({why}): give a ckpt.pt made by train.py") from None
-    if not isinstance(saved, dict) or not {"ema", "config", "model_config", "tokenizer", "data"} <= set(saved):
-        raise CheckpointError(f"{file} is not a checkpoint of a world model (is it a tokenizer?): give a ckpt.pt made by train.py")
+    parts = ("ema", "config", "model_config", "tokenizer", "data")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), dict) for k in parts):
+        raise CheckpointError(f"{file} is not a checkpoint of a world model (is it a tokenizer?): give a ckpt.pt made by "
+                              "train.py")
     return saved
 
 
@@ -84,8 +86,9 @@ def load_model(file, device="cpu"):
 
 def load_tokenizer_for(about, device="cpu", path="", required=True):
     """The tokenizer that a checkpoint's latents came from: at `path`, or where the checkpoint says, or beside this file."""
-    for place in (path, about.get("path", ""), os.path.join(HERE, about.get("path", ""))):
-        if place and os.path.exists(place):
+    named = about.get("path", "")
+    for place in [path] if path else [named, os.path.join(HERE, named)] if named else []:
+        if os.path.exists(place):
             if about.get("sha256") and fingerprint(place) != about["sha256"]:
                 raise TokenizerError(f"{place} is not the tokenizer that the checkpoint's data was encoded with (its SHA-256 "
                                      "differs): give that one with --tokenizer")
@@ -102,8 +105,9 @@ def validation_clips(saved, path="", frames=17):
     data = saved["data"]
     for place in [path] if path else [data.get("source", ""), data["path"]]:
         if path or (place and os.path.exists(place)):
-            clips = open_clips(place, "val", size=data.get("size"), frame_stride=data.get("frame_stride", 1)) if (
-                open_clips(place, "val").kind == "raw") else open_clips(place, "val")
+            clips = open_clips(place, "val")
+            if clips.kind == "raw":  # as it was encoded
+                clips = open_clips(place, "val", size=data.get("size"), frame_stride=data.get("frame_stride", 1))
             return clips
     if data.get("built_in"):
         return open_clips(synth(os.path.join(HERE, "data", "robot"), splits=("val",), **data["built_in"]), "val")
@@ -287,6 +291,10 @@ def check_sampling_flags(args):
         value = getattr(args, name, None)
         if value is not None and value < low:
             raise DataError(f"--{name} {value} makes no sense: give at least {low}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:  # torch's ways to say: no such device
+        raise DataError(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}): give cpu") from None
 
 
 def main(argv=None):

@@ -15,7 +15,6 @@ follow NVIDIA's files, so that loading them is a load_state_dict.
     python tokenizer.py check --tokenizer weights/tokenizer_dv_tiny.pt --data data/robot    # round trip: PSNR, statistics
 """
 import argparse
-import hashlib
 import io
 import json
 import math
@@ -169,6 +168,11 @@ class Attention(nn.Module):
         return x + self.proj_out(rearrange(y, back, b=B, t=T, h=H, w=W))
 
 
+def average(x, cell):
+    """In float32: there is no bfloat16 average pool for CPUs."""
+    return F.avg_pool3d(x.float(), cell, cell).to(x.dtype)
+
+
 class Downsample(nn.Module):
     """Halves space and / or time: strided convolution plus average pool, then 1 x 1 x 1.
     With nothing to do it is the identity, but keeps its weights as NVIDIA's files do."""
@@ -183,10 +187,10 @@ class Downsample(nn.Module):
     def forward(self, x):
         if self.spatial:
             x = F.pad(x, (0, 1, 0, 1))  # one column and one row at the end
-            x = self.conv1(x) + F.avg_pool3d(x, (1, 2, 2), (1, 2, 2))
+            x = self.conv1(x) + average(x, (1, 2, 2))
         if self.temporal:
             x = torch.cat([x[:, :, :1], x], dim=2)  # the first frame twice: T is odd, 1 + 2n -> 1 + n
-            x = self.conv2(x) + F.avg_pool3d(x, (2, 1, 1), (2, 1, 1))
+            x = self.conv2(x) + average(x, (2, 1, 1))
         return self.conv3(x) if self.spatial or self.temporal else x
 
 
@@ -269,7 +273,7 @@ class Decoder(nn.Module):
         for j, level in enumerate(reversed(self.up[1:])):  # j-th step from the coarsest; time starts at the second
             temporal = 0 < j < 1 + n_t
             width = level.block[-1].conv2[1].conv3d.out_channels
-            level.upsample = Upsample(width, temporal or (j < n_s and n_s > n_t), temporal)
+            level.upsample = Upsample(width, n_s > 0 and (temporal or (j < n_s and n_s > n_t)), temporal)
         self.norm_out = FrameNorm(widths[0])
         self.conv_out = factorised_conv(widths[0], 3 * c.patch_size**3)
 
@@ -465,7 +469,7 @@ def read_torchscript(file):
 
         def persistent_load(self, pid):
             _, storage, key, _, numel = pid  # the fourth is the device it was saved from
-            dtype = getattr(torch, storage.removesuffix("Storage").lower().replace("bfloat16", "bfloat16"), None)
+            dtype = getattr(torch, storage.removesuffix("Storage").lower(), None)
             data = archive.read(f"{root}data/{key}")
             if dtype is None or len(data) != numel * dtype.itemsize:
                 raise TokenizerError(f"{file}: tensor storage {key} has {len(data)} bytes instead of {numel} numbers; download it again")
@@ -473,8 +477,11 @@ def read_torchscript(file):
 
     try:
         module = Reader(io.BytesIO(archive.read(pickled))).load()
-    except (pickle.UnpicklingError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, IndexError, TypeError) as e:
+    except (pickle.UnpicklingError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, IndexError, TypeError,
+            RuntimeError) as e:
         raise TokenizerError(f"{file} is damaged or no TorchScript module ({type(e).__name__}): download it again") from None
+    if not isinstance(module, _Module):
+        raise TokenizerError(f"{file} holds a {type(module).__name__}, not a TorchScript module: download it again")
     found, stack = {}, [("", module)]
     while stack:
         prefix, node = stack.pop()
@@ -529,13 +536,20 @@ def save(tokenizer, file, **about):
     os.replace(file + ".tmp", file)
 
 
+def raw_clips(args, split, stride=None):
+    from data import DataError, open_clips
+    kind = open_clips(args.data, split).kind
+    if kind != "raw":
+        raise DataError(f"{args.data} holds {kind} latents: a tokenizer is trained and checked on raw video, give its folder")
+    return open_clips(args.data, split, stride=stride, size=args.size)
+
+
 def train(args):
-    from data import open_clips
     torch.manual_seed(args.seed)
     config = TokenizerConfig(**{**asdict(PRESETS[args.kind]), **{f.name: getattr(args, f.name) for f in fields(TokenizerConfig)
                                                                   if getattr(args, f.name, None) is not None}})
     tokenizer = Tokenizer(config).to(args.device)
-    clips, held_out = open_clips(args.data, "train", stride=3, size=args.size), open_clips(args.data, "val", size=args.size)
+    clips, held_out = (raw_clips(args, split, stride=stride) for split, stride in (("train", 3), ("val", None)))
     n = sum(p.numel() for p in tokenizer.parameters())
     print(f"{args.kind} tokenizer, {n / 1e6:.2f} M parameters, {config.temporal_compression}x{config.spatial_compression}x"
           f"{config.spatial_compression}, on {len(clips)} clips of {args.data}")
@@ -564,9 +578,8 @@ def train(args):
 
 
 def check(args):
-    from data import open_clips
     tokenizer = load_tokenizer(args.tokenizer, args.device)
-    clips = open_clips(args.data, args.split, size=args.size)
+    clips = raw_clips(args, args.split)
     score, z = round_trip(tokenizer, clips, args.num)
     print(f"{tokenizer.kind} {tokenizer.temporal}x{tokenizer.spatial}x{tokenizer.spatial}: round trip of {min(args.num, len(clips))} "
           f"clips {score:.2f} dB; latents of a clip {tuple(z.shape[1:])}")

@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from blocks import VARIANTS
-from data import FRAMES, DataError, action_statistics, encode, fingerprint, open_clips, synth
-from sample import MODELS, SAMPLING, CheckpointError, dream, load_tokenizer_for, picture_rows, read_checkpoint, save_gif
+from data import DataError, action_statistics, encode, open_clips, split_folders, synth
+from sample import (MODELS, SAMPLING, CheckpointError, dream, load_tokenizer_for, picture_rows, read_checkpoint,
+                    replace, save_gif)
 from tokenizer import TokenizerError
 
 
@@ -117,6 +118,8 @@ def positions(config, step, rank, world):
 def prepare_data(config, say):
     """Makes what is missing and returns the folder of tokens or latents to train on, with its tokenizer's path."""
     kind, folder = KIND[config.model], config.data or ROBOT
+    if config.tokenizer and not os.path.exists(config.tokenizer):
+        raise TokenizerError(f"there is no tokenizer at {config.tokenizer}: give a file made by `python tokenizer.py train`")
     tokenizer = config.tokenizer or os.path.join(HERE, SHIPPED[config.model])
     if not config.data and rank_and_world()[0] == 0:
         synth(folder, frames=config.frames)
@@ -223,29 +226,49 @@ def save_checkpoint(file, model, optimizer, ema, step, config, about):
     barrier()
 
 
+def forget_after(file, step):
+    """Steps that were logged after the checkpoint will be done, and logged, again."""
+    if os.path.exists(file):
+        with open(file) as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        replace(file, lambda name: open(name, "w").writelines(kept))
+
+
 def full(state):
     """Tensors as rank 0 saves them: whole and on the CPU."""
     return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().to("cpu", copy=True) for k, v in state.items()}
 
 
-def resume(file, model, optimizer, ema, config, about):
-    """Puts the state of a checkpoint back; a run that differs in anything that changes its course is refused."""
+def last_checkpoint(file):
+    """The checkpoint to resume from: ckpt.pt, or the one before it where that is damaged."""
     previous = file.replace(".pt", "_previous.pt")
     try:
-        saved = read_checkpoint(file)
+        return read_checkpoint(file)
     except CheckpointError as e:
         if not os.path.exists(previous):
             raise
         print(f"{e}; going on from {previous}")
         saved = read_checkpoint(previous)
+        barrier()
+        if rank_and_world()[0] == 0:
+            os.replace(previous, file)  # else the next save would put the damaged file in the place of the good one
+        barrier()
+        return saved
+
+
+def resume(saved, model, optimizer, ema, config, about):
+    """Puts the state of a checkpoint back; a run that differs in anything that changes its course is refused. What is
+    random in training is a function of seed and position; the generator is put back for what else may use it."""
     free = {"resume", "stop_after", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard", "dtype",
             "encode", "accum", "preset"}
     old, new = {**saved["config"], **saved["model_config"]}, {**asdict(config), **about["model_config"]}
     differ = [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
     if differ:
-        raise CheckpointError(f"{file} is of another run: {'; '.join(differ)}; give the same flags, or another --out")
+        raise CheckpointError(f"the checkpoint in {config.out} is of another run: {'; '.join(differ)}; give the same flags, "
+                              "or another --out")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+    torch.set_rng_state(saved["rng"])
     for k, v in ema.items():
         if hasattr(v, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
@@ -268,9 +291,9 @@ def settle(config, say):
                f"{'data in ' + config.data if config.data else 'no --data: the built-in robot'})")
     say(f"preset {config.preset}{why}: --model {config.model} --variant {config.variant}")
     for name, value in PRESETS[config.preset, config.model].items():
-        if getattr(config, name) in (0, 0.0, -1, ""):
+        if getattr(config, name) == getattr(TrainConfig, name):  # not given
             setattr(config, name, value)
-    config.out = config.out or f"out/{config.model}_{config.variant}"
+    config.out = os.path.normpath(config.out or f"out/{config.model}_{config.variant}")
     _, world = rank_and_world()
     if config.batch % (world * config.accum):
         raise DataError(f"--batch {config.batch} cannot be divided into {world} processes x --accum {config.accum}: give a "
@@ -331,11 +354,17 @@ def train(config):
              "tokenizer": dict(clips.meta.get("tokenizer", {}), path=portable(tokenizer_path))}
 
     # how
+    file = os.path.join(config.out, "ckpt.pt")
+    if config.resume:
+        saved = last_checkpoint(file)
+        if config.dtype == "auto":  # measured once for a whole run
+            config.dtype = saved["config"].get("dtype", "auto")
     dtype = faster_dtype(kind, device) if config.dtype == "auto" else getattr(torch, config.dtype)
     if dist.is_initialized():  # all processes follow rank 0's measurement
         choice = torch.tensor([dtype == torch.bfloat16], device=device, dtype=torch.int)
         dist.broadcast(choice, 0)
         dtype = torch.bfloat16 if choice.item() else torch.float32
+    config.dtype = str(dtype).removeprefix("torch.")
     autocast = torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
     if config.compile:
         for block in model.blocks:
@@ -356,12 +385,15 @@ def train(config):
     if rank == 0:
         new_run_folder(config, say)
     barrier()
-    file, step = os.path.join(config.out, "ckpt.pt"), 0
+    step = 0
     if config.resume:
-        step = resume(file, model, optimizer, ema, config, about)
+        step = resume(saved, model, optimizer, ema, config, about)
+        del saved
         say(f"resuming {file} at step {step}")
+        if rank == 0:
+            forget_after(os.path.join(config.out, "log.jsonl"), step)
     say(f"{config.model} {config.variant}: {n / 1e6:.1f} M parameters, {len(clips)} clips of {folder}, {config.steps} steps of "
-        f"{config.batch} clips on {world} x {kind}, {str(dtype)[6:]}, to {config.out}")
+        f"{config.batch} clips on {world} x {kind}, {config.dtype}, to {config.out}")
 
     stream = Stream(clips, model.draw, config.seed)
     loader = iter(DataLoader(stream, batch_sampler=positions(config, step, rank, world), num_workers=config.workers,
@@ -370,7 +402,7 @@ def train(config):
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda *_: stop.append(True))
     bar = tqdm(total=config.steps, initial=step, desc="training", disable=rank > 0)
-    start, waited, flops = time.perf_counter(), 0.0, 0
+    start, waited, flops, logged = time.perf_counter(), 0.0, 0, step
     last = config.stop_after or config.steps
 
     while step < min(last, config.steps):
@@ -387,20 +419,25 @@ def train(config):
             final = m == config.accum - 1
             if config.shard:
                 model.set_requires_gradient_sync(final)
-            counter = FlopCounterMode(display=False) if not flops and not config.compile else contextlib.nullcontext()
-            with counter, runner.no_sync() if isinstance(runner, DistributedDataParallel) and not final else contextlib.nullcontext():
+            if not flops and not config.compile:  # aside, for counting would change the order of sums in backward
+                with FlopCounterMode(display=False) as counter, torch.no_grad(), autocast:
+                    model(video, action, draws)
+                flops = 3 * counter.get_total_flops() / len(video)  # backward is twice the forward
+            wait = isinstance(runner, DistributedDataParallel) and not final  # for the last micro-batch, to sum once
+            with runner.no_sync() if wait else contextlib.nullcontext():
                 with autocast:
                     loss, count = runner(video, action, draws)
                 loss.backward()
-            flops = flops or (counter.get_total_flops() / len(video) if isinstance(counter, FlopCounterMode) else 0)
-            total += torch.stack([loss.detach().float(), count.float(), torch.zeros_like(loss.detach(), dtype=torch.float32)])
+            total[0] += loss.detach()
+            total[1] += count
         total[2] = len(stop)
         if dist.is_initialized():
             dist.all_reduce(total)
-        mean = (total[0] / total[1]).item()
+        count = max(total[1].item(), 1)  # a small batch may hide no token at all
+        mean = total[0].item() / count
         # backward made sums, averaged over processes: turn them into the gradient of the mean
         grads = [p.grad for p in trained if p.grad is not None]
-        torch._foreach_mul_(grads, world / total[1].item())
+        torch._foreach_mul_(grads, world / count)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not math.isfinite(mean) or not math.isfinite(norm):
@@ -411,25 +448,23 @@ def train(config):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        if config.ema:
-            decay = min(config.ema, (1 + step) / (10 + step))  # a young average forgets quickly
-            current = model.state_dict()
-            floats = [k for k in ema if ema[k].is_floating_point()]
-            torch._foreach_lerp_([ema[k] for k in floats], [current[k].detach() for k in floats], 1 - decay)
+        decay = min(config.ema, (1 + step) / (10 + step))  # a young average forgets quickly
+        current = model.state_dict()
+        floats = [k for k in ema if ema[k].is_floating_point()]
+        torch._foreach_lerp_([ema[k] for k in floats], [current[k].detach() for k in floats], 1 - decay)
         bar.update()
 
         interrupted, done = total[2].item() > 0 or step == config.stop_after, step == config.steps
         if step % config.log_every == 0 or interrupted or done:
             seconds = time.perf_counter() - start
-            steps = config.log_every if step % config.log_every == 0 else step % config.log_every
-            rate = steps * config.batch / seconds
+            rate = (step - logged) * config.batch / seconds
             line = {"step": step, "loss": mean, "lr": lr, "grad_norm": norm, "samples_per_s": rate,
                     "tflops": flops * rate / 1e12, "peak_gb": peak_gb(kind), "data_wait": waited / seconds}
             if rank == 0:
                 with open(os.path.join(config.out, "log.jsonl"), "a") as f:
                     f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
                 bar.set_postfix(loss=f"{mean:.4f}", per_s=f"{rate:.1f}")
-            start, waited = time.perf_counter(), 0.0
+            start, waited, logged = time.perf_counter(), 0.0, step
         if step % config.save_every == 0 or interrupted or done:
             save_checkpoint(file, model, optimizer, ema, step, config, about)
         if (config.sample_every and step % config.sample_every == 0) or done:
@@ -450,7 +485,9 @@ def show(config, about, sizes, ema, folder, step, device):
     weights = full(ema)
     if rank_and_world()[0] == 0:
         tokenizer = load_tokenizer_for(about["tokenizer"], device, required=False)
-        if tokenizer is None:
+        if "val" not in split_folders(folder):
+            print(f"{folder} has no val split: no sample pictures")
+        elif tokenizer is None:
             print(f"no tokenizer at {about['tokenizer']['path']!r}: no sample pictures, give --tokenizer")
         else:
             model = MODELS[config.model][0](sizes).to(device).eval()
