@@ -214,7 +214,8 @@ def peak_gb(kind):
 def save_checkpoint(file, model, optimizer, ema, step, config, about):
     """One file with all that resuming, sampling and scoring need; written beside and renamed, the previous one kept as
     ckpt_previous.pt. Every process takes part (with --shard each holds a piece), rank 0 writes."""
-    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=torch.cuda.is_available())  # on a CPU it would copy
+    weights, moments = get_state_dict(model, optimizer, options=options)
     averaged = full(ema)
     if rank_and_world()[0] == 0:
         saved = {"model": weights, "ema": averaged, "optimizer": moments, "step": step, "rng": torch.get_rng_state(),
@@ -235,8 +236,8 @@ def forget_after(file, step):
 
 
 def full(state):
-    """Tensors as rank 0 saves them: whole and on the CPU."""
-    return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().to("cpu", copy=True) for k, v in state.items()}
+    """Tensors as rank 0 saves them: whole and on the CPU (not copied where they are both already)."""
+    return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().cpu() for k, v in state.items()}
 
 
 def last_checkpoint(file):
