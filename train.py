@@ -450,9 +450,8 @@ def train(config):
         optimizer.zero_grad(set_to_none=True)
         step += 1
         decay = min(config.ema, (1 + step) / (10 + step))  # a young average forgets quickly
-        current = model.state_dict()
-        floats = [k for k in ema if ema[k].is_floating_point()]
-        torch._foreach_lerp_([ema[k] for k in floats], [current[k].detach() for k in floats], 1 - decay)
+        current = dict(model.named_parameters())  # buffers are statistics: they do not change
+        torch._foreach_lerp_([ema[k] for k in current], [p.detach() for p in current.values()], 1 - decay)
         bar.update()
 
         interrupted, done = total[2].item() > 0 or step == config.stop_after, step == config.steps
