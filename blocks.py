@@ -170,7 +170,7 @@ def temporal_attention(q, k, v, S, k_a, v_a):
 
 def action_attention(q_a, k, v, S, k_a, v_a):
     """Actions ask. q_a (B, h, A, d): what an action would find at each place, averaged over the S places."""
-    T, A = k.shape[2] // S, q_a.shape[2]
+    T = k.shape[2] // S
     video = rearrange(q_a @ k.transpose(-1, -2), "b h a (t s) -> b h s a t", s=S)
     acts = (q_a @ k_a.transpose(-1, -2))[:, :, None].expand(-1, -1, S, -1, -1)  # (B, h, S, A, A)
     video, acts = (torch.cat([video, acts], -1) * q_a.shape[-1] ** -0.5).softmax(-1).tensor_split([T], -1)
@@ -213,7 +213,7 @@ class MaskedBlock(nn.Module):
 
     def forward(self, x, layout, rope):
         """x (B, N, D) -> (B, N, D), or only its v_f (B, T_f * S, D) in the last layer."""
-        T, S, future = layout.T, layout.S, layout.future
+        T, S = layout.T, layout.S
         video, actions = x.tensor_split([T * S], dim=1)
         q, k, v = self.spatial.project(rearrange(self.norm_s(video), "b (t s) d -> (b t) s d", s=S), rope.space)
         y = merge(F.scaled_dot_product_attention(q, k, v))

@@ -28,7 +28,7 @@ MODELS = {  # name -> class, configuration, its presets
     "masked": (masked_hwm.MaskedHWM, masked_hwm.MaskedConfig, masked_hwm.PRESETS),
     "flow": (flow_hwm.FlowHWM, flow_hwm.FlowConfig, flow_hwm.PRESETS),
 }
-SAMPLING = {  # the paper's settings (Sec. 3.1, 3.2), and those that score best on the built-in robot
+SAMPLING = {  # the paper's settings (Sec. 3.1, 3.2); for `tiny` few steps, for fewer score higher in PSNR (README)
     ("paper", "masked"): dict(K=2, temperature=1.0),
     ("paper", "flow"): dict(steps=50, cfg=3.0),
     ("tiny", "masked"): dict(K=2, temperature=0.5),
