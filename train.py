@@ -378,7 +378,7 @@ def train(config):
         fully_shard(model)
     elif world > 1:
         runner = DistributedDataParallel(model, device_ids=[device.index] if kind == "cuda" else None,
-                                         gradient_as_bucket_view=True, broadcast_buffers=False)
+                                         gradient_as_bucket_view=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
