@@ -535,17 +535,12 @@ HANDS = [J["LEFT_HAND_CLOSURE"], J["RIGHT_HAND_CLOSURE"]]
 # What the walls show: face (x=0, x=max, y=0, y=max, floor, ceiling), u0, u1, v0, v1 in metres along the two
 # other axes, colour. Later entries cover earlier ones. Nothing repeats, so that a view tells where one is.
 DECOR = [
-    (0, 0, 6, 0, 6, (196, 120, 92)), (0, 1.0, 2.0, 0.0, 2.1, (92, 58, 40)), (0, 3.0, 4.4, 1.0, 2.0, (238, 222, 170)),
-    (0, 3.3, 4.1, 1.25, 1.75, (60, 110, 90)),
-    (1, 0, 6, 0, 6, (112, 150, 186)), (1, 1.5, 3.5, 0.9, 2.2, (232, 244, 252)), (1, 2.42, 2.58, 0.9, 2.2, (84, 96, 110)),
-    (1, 4.0, 5.0, 0.0, 1.6, (70, 78, 130)),
-    (2, 0, 6, 0, 6, (206, 196, 128)), (2, 0, 6, 0.9, 1.15, (150, 70, 60)), (2, 4.2, 5.2, 0.0, 2.1, (226, 226, 216)),
-    (2, 1.0, 2.4, 1.4, 2.2, (72, 92, 140)),
-    (3, 0, 6, 0, 6, (128, 168, 124)), (3, 0.8, 1.6, 0.0, 1.9, (196, 84, 72)), (3, 2.8, 4.6, 1.0, 2.0, (44, 56, 70)),
-    (3, 5.2, 6, 0.0, 2.8, (222, 206, 176)),
-    (4, 0, 6, 0, 6, (146, 136, 128)), (4, 0.4, 2.4, 1.2, 3.8, (138, 64, 78)), (4, 0.7, 2.1, 1.5, 3.5, (196, 164, 132)),
-    (4, 4.5, 6, 0, 5, (112, 118, 134)),
-    (5, 0, 6, 0, 6, (200, 200, 204)), (5, 1.2, 2.0, 1.0, 4.0, (255, 255, 250)), (5, 4.0, 4.8, 1.0, 4.0, (255, 255, 250))]
+    (0, 0, 6, 0, 6, (196, 120, 92)), (0, 0.8, 2.0, 0.0, 2.1, (92, 58, 40)), (0, 3.0, 4.4, 1.0, 2.1, (238, 222, 170)),
+    (1, 0, 6, 0, 6, (112, 150, 186)), (1, 1.3, 3.3, 0.9, 2.2, (232, 244, 252)), (1, 4.0, 5.0, 0.0, 1.6, (70, 78, 130)),
+    (2, 0, 6, 0, 6, (206, 196, 128)), (2, 4.2, 5.4, 0.0, 2.1, (226, 226, 216)), (2, 1.0, 2.6, 1.1, 2.1, (72, 92, 140)),
+    (3, 0, 6, 0, 6, (128, 168, 124)), (3, 0.8, 1.8, 0.0, 1.9, (196, 84, 72)), (3, 2.8, 4.6, 1.0, 2.0, (44, 56, 70)),
+    (4, 0, 6, 0, 6, (146, 136, 128)), (4, 0.4, 2.4, 1.2, 3.8, (160, 86, 84)), (4, 4.5, 6, 0, 5, (112, 118, 134)),
+    (5, 0, 6, 0, 6, (200, 200, 204)), (5, 1.0, 2.2, 1.0, 4.0, (255, 255, 250)), (5, 3.8, 5.0, 1.0, 4.0, (255, 255, 250))]
 OBJECTS = [(0.075, 0.00, (214, 44, 44)), (0.055, 0.16, (40, 84, 210)),          # radius, length, colour: upright
            (0.065, 0.06, (240, 200, 40)), (0.070, 0.00, (44, 170, 80))]         # capsules, so balls and bottles
 
@@ -699,62 +694,79 @@ def robot_plan(rng, world, n_frames):
     return states
 
 
+@functools.cache
+def pixel_grid(size):
+    """(3, 4 * size * size) camera rays (right, down, forward = 1), 2 x 2 a pixel. The sub-pixels
+    are outermost, so that averaging is over axis 0."""
+    edge = (2 * np.arange(2 * size, dtype=np.float32) + 1 - 2 * size) / (2 * size * FOCAL)
+    edge = edge.reshape(size, 2).T
+    right, down = np.broadcast_arrays(edge[None, :, None, :], edge[:, None, :, None])
+    return np.stack([right.reshape(-1), down.reshape(-1), np.ones(4 * size * size, np.float32)])
+
+
 def cast_room(eye, axes, size):
-    """The room and the table by ray casting, 2 x 2 rays a pixel. eye (3,), axes (3, 3) rows right, down, forward.
+    """The room and the table by ray casting. eye (3,), axes (3, 3): rows right, down, forward; float32.
     -> colours (size, size, 3) and depth along the optical axis (size, size), float32."""
-    grid = (2 * np.arange(2 * size, dtype=np.float32) + 1 - 2 * size) / (2 * size * FOCAL)
-    grid = grid.reshape(size, 2).T                              # sub-pixels outermost: averaging is over axis 0
-    right, down = np.broadcast_arrays(grid[None, :, None, :], grid[:, None, :, None])
-    rays = axes[0][:, None] * right.reshape(-1) + axes[1][:, None] * down.reshape(-1) + axes[2][:, None]   # (3, P)
-    inverse = 1 / np.where(np.abs(rays) < 1e-6, np.float32(1e-6), rays)
-    to_wall = np.where(inverse > 0, ROOM[:, None] - eye[:, None], -eye[:, None]) * inverse
-    depth = to_wall.min(0)
-    wall = to_wall.argmin(0)
-    hit = ((eye[:, None] + depth * rays) * (TEXELS / ROOM)[:, None]).astype(np.int32).clip(0, TEXELS - 1)
-    u, v = np.where(wall == 0, hit[1], hit[0]), np.where(wall == 2, hit[1], hit[2])
-    face = 2 * wall + np.where(wall == 0, inverse[0], np.where(wall == 1, inverse[1], inverse[2])).__gt__(0)
-    colour = decor_texture().take((face * TEXELS + u) * TEXELS + v, axis=0)            # (P, 3)
+    rays = axes.T @ pixel_grid(size)                            # (3, P), of depth 1
+    inverse = 1 / np.copysign(np.maximum(np.abs(rays), np.float32(1e-6)), rays)
+    ahead = inverse > 0
+    x, y, z = (np.where(ahead[i], ROOM[i] - eye[i], -eye[i]) * inverse[i] for i in range(3))   # of the walls
+    depth = np.minimum(np.minimum(x, y), z)
+    on_x, on_z = depth == x, depth == z
+    rays *= depth
+    rays += eye[:, None]
+    rays *= (TEXELS / ROOM)[:, None]
+    texel = rays.astype(np.int32)                               # (3, P), where the ray ends
+    face = np.where(on_x, ahead[0], np.where(on_z, 4 + ahead[2], 2 + ahead[1]))
+    u, v = (np.minimum(np.maximum(e, 0), TEXELS - 1)
+            for e in (np.where(on_x, texel[1], texel[0]), np.where(on_z & ~on_x, texel[1], texel[2])))
+    colour = decor_texture().take((face * TEXELS + u) * TEXELS + v, axis=0, mode="clip")       # (P, 3)
     for box, paint in ((PEDESTAL, (70, 52, 44)), (TABLE, (170, 112, 62))):
-        a, b = (box[:, :, None] - eye[:, None]) * inverse
-        near, far = np.minimum(a, b), np.maximum(a, b).min(0)
-        enter = near.max(0)
-        on = np.flatnonzero((enter < far) & (enter > 0) & (enter < depth))
-        if len(on):
-            depth[on] = enter[on]
-            colour[on] = np.float32([0.55, 0.75, 1.0])[near[:, on].argmax(0)][:, None] * np.float32(paint)
-    colour *= (1 / (1 + 0.06 * depth))[:, None]
+        sides = [((lo - eye[i]) * inverse[i], (hi - eye[i]) * inverse[i]) for i, (lo, hi) in enumerate(box.T)]
+        x, y, z = (np.minimum(*side) for side in sides)
+        enter = np.maximum(np.maximum(x, y), z)
+        x1, y1, z1 = (np.maximum(*side) for side in sides)
+        on = np.flatnonzero((enter < np.minimum(np.minimum(x1, y1), z1)) & (enter > 0) & (enter < depth))
+        depth[on] = enter[on]
+        light = np.where(x[on] == enter[on], 0.55, np.where(y[on] == enter[on], 0.75, 1.0))
+        colour[on] = light[:, None] * np.float32(paint)
+    colour *= (1 / (1 + np.float32(0.06) * depth))[:, None]
     return colour.reshape(4, size, size, 3).mean(0), depth.reshape(4, size, size).mean(0)
 
 
-def draw_capsules(image, depth, ends, radii, colours):
-    """Paints capsules over `image` in place, far ones first, with soft edges. ends (M, 2, 3) in camera axes (right,
-    down, forward). Radius over depth and one over depth are linear on the screen, so a 2D distance is enough."""
+def draw_capsules(image, depth, ends, radii, colours, near=0.12):
+    """Paints capsules over `image` in place, far ones first, with soft edges. ends (M, 2, 3) in camera axes
+    (right, down, forward). Radius over depth and one over depth are linear on the screen, so a 2D
+    distance is enough."""
     size = len(image)
-    for m in np.argsort(-ends[:, :, 2].mean(1)):
-        a, b = ends[m] if ends[m, 0, 2] > ends[m, 1, 2] else ends[m, ::-1]      # a is the far end
-        if a[2] < 0.12:
-            continue
-        if b[2] < 0.12:                                         # cut at the near plane
-            b = a + (b - a) * (a[2] - 0.12) / (a[2] - b[2])
-        za, zb = 1 / a[2], 1 / b[2]
-        (ax, ay), (bx, by) = ((p[:2] * z * FOCAL + 1) * size / 2 - 0.5 for p, z in ((a, za), (b, zb)))
-        scale = radii[m] * FOCAL * size / 2
-        ra, rb = scale * za, scale * zb
-        x0, x1 = (int(np.clip(e, 0, size)) for e in (min(ax - ra, bx - rb) - 1, max(ax + ra, bx + rb) + 2))
-        y0, y1 = (int(np.clip(e, 0, size)) for e in (min(ay - ra, by - rb) - 1, max(ay + ra, by + rb) + 2))
-        if x0 >= x1 or y0 >= y1:
-            continue
-        px = np.arange(x0, x1, dtype=np.float32) - np.float32(ax)
-        py = np.arange(y0, y1, dtype=np.float32)[:, None] - np.float32(ay)
-        dx, dy = np.float32(bx - ax), np.float32(by - ay)
-        along = ((px * dx + py * dy) / (dx * dx + dy * dy + np.float32(1e-6))).clip(0, 1)
-        radius = np.float32(ra) + along * np.float32(rb - ra)
-        away = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
-        cover = (radius - away + 0.5).clip(0, 1)
-        z = 1 / (np.float32(za) + along * np.float32(zb - za)) - np.float32(radii[m])
-        cover *= ((depth[y0:y1, x0:x1] - z) * 20 + 1).clip(0, 1)                # behind the table or a wall
-        shade = (1 - 0.5 * (away / radius).clip(0, 1) ** 2)[..., None] * np.float32(colours[m])
-        image[y0:y1, x0:x1] += cover[..., None] * (shade - image[y0:y1, x0:x1])
+    order = np.argsort(-ends[:, :, 2].mean(1))
+    order = order[ends[order, :, 2].max(1) >= near]             # not those behind the camera
+    ends, radii, colours = ends[order], radii[order], colours[order].astype(np.float32)
+    ends = np.where(ends[:, :1, 2:] > ends[:, 1:, 2:], ends, ends[:, ::-1])     # the far end first
+    a, b = ends[:, 0], ends[:, 1]
+    cut = np.minimum(1, (a[:, 2] - near) / np.maximum(a[:, 2] - b[:, 2], 1e-6))            # at the near plane
+    ends = np.stack([a, a + (b - a) * cut[:, None]], 1)
+    inverse = 1 / ends[..., 2]                                  # (M, 2)
+    centre = (ends[..., :2] * inverse[..., None] * FOCAL + 1) * (size / 2) - 0.5           # (M, 2, 2) pixels
+    radius = radii[:, None] * FOCAL * (size / 2) * inverse      # (M, 2) pixels
+    low = (centre - radius[..., None] - 1).min(1).clip(0, size).astype(int)
+    high = (centre + radius[..., None] + 2).max(1).clip(0, size).astype(int)
+    pixel = np.arange(size, dtype=np.float32)
+    for m in np.flatnonzero((low < high).all(1)):
+        (x0, y0), (x1, y1) = low[m].tolist(), high[m].tolist()  # Python numbers keep float32 arrays so
+        ((ax, ay), (bx, by)), (ra, rb), (za, zb) = centre[m].tolist(), radius[m].tolist(), inverse[m].tolist()
+        px, py, dx, dy = pixel[x0:x1] - ax, pixel[y0:y1, None] - ay, bx - ax, by - ay
+        norm = dx * dx + dy * dy + 1e-6
+        along = np.minimum(np.maximum(px * (dx / norm) + py * (dy / norm), 0), 1)
+        r = ra + along * (rb - ra)
+        away = (px - along * dx) ** 2 + (py - along * dy) ** 2  # squared
+        cover = np.minimum(np.maximum(r - np.sqrt(away) + 0.5, 0), 1)
+        behind = depth[y0:y1, x0:x1] - 1 / (za + along * (zb - za)) + float(radii[m])
+        cover *= np.minimum(np.maximum(behind * 20 + 1, 0), 1)  # fades behind the table or a wall
+        shade = (1 - 0.5 * np.minimum(away / (r * r), 1))[..., None] * colours[m]
+        shade -= image[y0:y1, x0:x1]
+        shade *= cover[..., None]
+        image[y0:y1, x0:x1] += shade
 
 
 def robot_capsules(world, arms, closure):
@@ -767,11 +779,21 @@ def robot_capsules(world, arms, closure):
         for side in (-1, 1):                                    # fingers spread when open, meet when closed
             knuckle = palm + side * (0.045 - 0.02 * shut) * sideways
             tip = grip + (grip - palm) * (0.5 - shut) + side * (0.085 - 0.075 * shut) * sideways
-            capsules.append((knuckle, tip, 0.02, paint))
+            capsules.append((knuckle, tip, 0.028, paint))
     for at, (radius, length, paint) in zip(world.objects, OBJECTS):
         capsules.append((at + (0, 0, radius), at + (0, 0, radius + length), radius, paint))
     a, b, radii, colours = zip(*capsules)
     return np.stack([a, b], 1), np.array(radii), np.array(colours)
+
+
+def lens(image):
+    """A soft lens: each pixel (H, W, 3) spreads over its neighbours, 1 2 1 along both axes. Plain surfaces with soft
+    edges are what a tokenizer of two million parameters can learn in half an hour."""
+    for axis in (0, 1):
+        image = np.swapaxes(image, 0, 1)
+        padded = np.concatenate([image[:1], image, image[-1:]])
+        image = 0.25 * (padded[:-2] + padded[2:]) + 0.5 * image
+    return image
 
 
 def robot_render(states, start, size=64):
@@ -788,7 +810,7 @@ def robot_render(states, start, size=64):
         image, depth = cast_room(eye.astype(np.float32), axes.astype(np.float32), size)
         ends, radii, colours = robot_capsules(world, arms, state[HANDS])
         draw_capsules(image, depth, (ends - eye) @ axes.T, radii, colours)
-        frames[k] = (image + 0.5).clip(0, 255)
+        frames[k] = (lens(image) + 0.5).clip(0, 255)
     return frames
 
 

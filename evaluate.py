@@ -38,7 +38,7 @@ from blocks import VARIANTS
 from data import FRAMES, DataError, fingerprint, to_uint8
 from flow_hwm import interpolate, target_velocity
 from sample import (MODELS, CheckpointError, add_sampling_flags, change_actions, check_sampling_flags,
-                    continue_video, load_model, load_tokenizer_for, replace, settings_of, to_latents,
+                    compile_blocks, continue_video, load_model, load_tokenizer_for, replace, settings_of, to_latents,
                     validation_clips)
 from tokenizer import TokenizerError
 from train import barrier, peak_gb, rank_and_world
@@ -537,7 +537,9 @@ def run(args):
         torch.cuda.set_device(args.device)
     if world > 1:
         dist.init_process_group("gloo")
-    model, saved = load_model(args.ckpt, args.device)
+    model, saved = load_model(args.ckpt, args.device, args.weights)
+    if args.compile:
+        compile_blocks(model)
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
     if rank > 0:  # rank 0 goes first: it draws the built-in robot and fetches Inception if they are missing
         barrier()

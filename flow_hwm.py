@@ -68,8 +68,11 @@ def target_velocity(X_0, X_1, sigma_min):
 
 
 def integrate(velocity, X_0, steps, method="euler", trace=None):
-    """Solves dX/dt = velocity(X, t) from t = 0 to 1, starting at X_0. euler asks once a step, midpoint twice."""
+    """Solves dX/dt = velocity(X, t) from t = 0 to 1, starting at X_0. euler asks once a step, midpoint twice.
+    trace: a list that receives X_0, and X after every step."""
     X, dt = X_0, 1 / steps
+    if trace is not None:
+        trace.append(X)
     for i in range(steps):
         t = i * dt
         u = velocity(X, t)
@@ -216,7 +219,7 @@ class FlowHWM(nn.Module):
         """Dreams the future latents (B, C, T_f, H, W) of the past ones (B, C, T_p, H, W); the number of actions
         (B, F, A) says how many. Euler from noise to data; classifier-free guidance goes from what the model expects
         without conditions towards, and for cfg > 1 beyond, what it expects with them: u_0 + cfg (u - u_0).
-        trace: a list that receives the latents after every step."""
+        trace: a list that receives the noise, and the latents after every step."""
         c, (B, C, T_p, H, W) = self.config, latents_p.shape
         T_f = (actions.shape[1] - 1) // c.temporal + 1 - T_p
         v_p = self.standardise(latents_p)

@@ -3,6 +3,7 @@
     python sample.py --ckpt out/flow_full/ckpt.pt                          # four validation clips
     python sample.py --ckpt out/flow_full/ckpt.pt --actions turn_left      # what if it turned left?
     python sample.py --ckpt out/flow_full/ckpt.pt --rollout 6              # go on: window after window, on its own frames
+    python sample.py --ckpt out/flow_full/ckpt.pt --trace --steps 8        # how a frame comes about, step by step
 
 `dream` is the whole of it: past frames -> latents -> the model's sampler, with the actions of your choice -> frames.
 Also here: reading checkpoints (`load_model`), which train.py and evaluate.py share.
@@ -69,19 +70,28 @@ def read_checkpoint(file):
     return saved
 
 
-def load_model(file, device="cpu"):
-    """-> the model with its averaged weights, ready to sample, and all else that the checkpoint says."""
+def load_model(file, device="cpu", weights="ema"):
+    """-> the model, ready to sample, and all else that the checkpoint says. weights: the average ("ema"), or "last"."""
     saved = read_checkpoint(file)
     name = saved["config"].get("model")
     if name not in MODELS:
         raise CheckpointError(f"{file} is of a model {name!r}, which is none of {', '.join(MODELS)}")
     Model, Config, _ = MODELS[name]
+    part = {"ema": "ema", "last": "model"}[weights]
+    if part not in saved:
+        raise CheckpointError(f"{file} holds averaged weights only (it was made by --export): leave out --weights {weights}")
     try:
         model = Model(Config(**saved["model_config"]))
-        model.load_state_dict({k: v.float() for k, v in saved["ema"].items()})
+        model.load_state_dict({k: v.float() for k, v in saved[part].items()})
     except (TypeError, RuntimeError) as e:
         raise CheckpointError(f"{file} does not fit its own configuration ({str(e).splitlines()[0]}): it was made by other code") from None
     return model.to(device).eval().requires_grad_(False), saved
+
+
+def compile_blocks(model):
+    """Block by block: they are alike, so that a compiler's work is done once for all."""
+    for block in model.blocks:
+        block.compile()
 
 
 def load_tokenizer_for(about, device="cpu", path="", required=True):
@@ -147,6 +157,13 @@ def change_actions(name, actions, model, clips, n_past=PAST, another=None):
     return a
 
 
+def spread(clips, num):
+    """Indices of `num` clips, from the first to the last."""
+    if num > len(clips):
+        raise DataError(f"--num {num} is more than the {len(clips)} validation clips of {clips.path}: give a smaller --num")
+    return np.linspace(0, len(clips) - 1, num).round().astype(int).tolist()
+
+
 def to_latents(video, tokenizer):
     """A clip as the reader gives it -> latents or ids with a batch axis: raw (F, H, W, 3) uint8 is encoded."""
     if video.dtype == torch.uint8:
@@ -173,11 +190,9 @@ def continue_video(model, tokenizer, past, actions, windows=1, generator=None, *
 def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1, **settings):
     """For `num` clips spread over `clips`: a dict with context (n, 9, H, W, 3), truth, prediction and other
     (n, 8 windows, H, W, 3), uint8. Same noise for prediction and other: only the actions differ."""
-    if num > len(clips):
-        raise DataError(f"--num {num} is more than the {len(clips)} validation clips of {clips.path}: give a smaller --num")
     device = next(model.parameters()).device
     n_p, n_f = model.layout.lengths[2:]
-    chosen = np.linspace(0, len(clips) - 1, num).round().astype(int).tolist()
+    chosen = spread(clips, num)
     out = {"context": [], "truth": [], "prediction": [], "other": []}
     for j, i in enumerate(chosen):
         clip = clips[i]
@@ -201,6 +216,26 @@ def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1,
         out["context"].append(raw[:n_p])
         out["truth"].append(raw[n_p:])
     return {k: torch.stack(v).numpy() for k, v in out.items()}
+
+
+@torch.no_grad()
+def trace(model, tokenizer, clips, num=4, seed=0, **settings):
+    """How the last predicted frame of `num` clips comes about: (n, steps, H, W, 3) uint8. Flow-HWM: the noise, then the
+    latents after every step. Masked-HWM: after every step of every latent frame, tokens still hidden in grey."""
+    strips, device = [], next(model.parameters()).device
+    for i in spread(clips, num):
+        z, steps = to_latents(clips[i]["video"], tokenizer), []
+        past, g = z.narrow(z.ndim - 3, 0, model.layout.T_p).to(device), torch.Generator().manual_seed(seed + i)
+        model.sample(past, clips[i]["actions"][None].to(device), generator=g, trace=steps, **settings)
+        strip = []
+        for step in steps:
+            latents, hidden = step if isinstance(step, tuple) else (torch.cat([past, step], dim=-3), None)
+            frame = to_uint8(tokenizer.decode(latents).cpu())[0, -1]
+            if hidden is not None:
+                frame[hidden[0, -1].cpu().repeat_interleave(tokenizer.spatial, 0).repeat_interleave(tokenizer.spatial, 1)] = 128
+            strip.append(frame)
+        strips.append(torch.stack(strip))
+    return torch.stack(strips).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,6 +295,51 @@ def save_png(rows, file):
     replace(file, lambda f: canvas.save(f, format="PNG"))
 
 
+def save_trace(strips, file):
+    """A line a clip, a picture a step of the sampler, from left to right."""
+    n, steps, H, W, _ = strips.shape
+    zoom, gap = max(1, 96 // H), 3
+    canvas = Image.new("RGB", (steps * (W * zoom + gap) - gap, n * (H * zoom + gap) - gap), "white")
+    for j in range(n):
+        for k in range(steps):
+            picture = Image.fromarray(strips[j, k]).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
+            canvas.paste(picture, (k * (W * zoom + gap), j * (H * zoom + gap)))
+    replace(file, lambda f: canvas.save(f, format="PNG"))
+
+
+def save_curve(folder, size=(760, 300)):
+    """FOLDER/loss.png: the loss of log.jsonl over the steps, and below it what was dreamt on the way, from samples/."""
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        log = [json.loads(line) for line in f]
+    (width, height), left, top, bottom = size, 60, 24, 24
+    steps, losses = (np.array([line[k] for line in log]) for k in ("step", "loss"))
+    low, high = losses.min(), np.quantile(losses, 0.98) if len(losses) > 10 else losses.max()  # the first steps may leave it
+    x = left + (steps / max(steps[-1], 1)) * (width - left - 12)
+    y = height - bottom - ((losses - low) / max(high - low, 1e-9)).clip(0, 1.03) * (height - top - bottom)
+    gifs = os.path.join(folder, "samples")
+    gifs = sorted(g for g in os.listdir(gifs) if g.startswith("step_") and g.endswith(".gif")) if os.path.isdir(gifs) else []
+    shown = []
+    for name in gifs[:: max(1, -(-len(gifs) // 5))]:  # of each: the first clip's last predicted frame
+        with Image.open(os.path.join(folder, "samples", name)) as gif:
+            gif.seek(gif.n_frames - 1)
+            w = (gif.width + 4) // 4 - 4
+            picture = gif.convert("RGB").crop((2 * (w + 4), 14, 2 * (w + 4) + w, 14 + w))
+            shown.append((int(name[5:-4]), picture.resize((128, 128), Image.Resampling.BICUBIC)))
+    canvas = Image.new("RGB", (width, height + (150 if shown else 0)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((left, 4), f"loss of {folder} (last {losses[-1]:.4g})", fill="black")
+    for part in (0, 0.5, 1):
+        v, h = low + part * (high - low), height - bottom - part * (height - top - bottom)
+        draw.line([(left, h), (width - 12, h)], fill=(225, 225, 225))
+        draw.text((4, h - 6), f"{v:.4g}", fill="black")
+        draw.text((left + part * (width - left - 50), height - bottom + 6), f"{round(part * steps[-1])}", fill="black")
+    draw.line(list(zip(x.tolist(), y.tolist())), fill=(31, 119, 180), width=2)
+    for j, (step, picture) in enumerate(shown):
+        canvas.paste(picture, (left + j * 138, height + 2))
+        draw.text((left + j * 138, height + 132), f"step {step}", fill="black")
+    replace(os.path.join(folder, "loss.png"), lambda f: canvas.save(f, format="PNG"))
+
+
 def export(saved, file):
     """What sampling and scoring need, in half precision: the form of weights/."""
     small = {k: saved[k] for k in ("config", "model_config", "tokenizer", "data", "step")}
@@ -270,7 +350,8 @@ def export(saved, file):
 def settings_of(saved, args):
     """The sampler's settings: the preset's, replaced by what was asked for."""
     settings = dict(SAMPLING[saved["config"]["preset"], saved["config"]["model"]])
-    asked = {"masked": {"K": args.steps, "temperature": args.temperature}, "flow": {"steps": args.steps, "cfg": args.cfg}}
+    asked = {"masked": {"K": args.steps, "temperature": args.temperature, "order": args.order},
+             "flow": {"steps": args.steps, "cfg": args.cfg, "method": args.method}}
     settings.update({k: v for k, v in asked[saved["config"]["model"]].items() if v is not None})
     return settings
 
@@ -282,6 +363,10 @@ def add_sampling_flags(p):
     p.add_argument("--steps", type=int, help="masked: refinement steps K per frame; flow: Euler steps; default: the preset's")
     p.add_argument("--cfg", type=float, help="flow: scale of classifier-free guidance; 1 is none; default: the preset's")
     p.add_argument("--temperature", type=float, help="masked: of the token distribution; 0 is argmax; default: the preset's")
+    p.add_argument("--order", choices=["random", "confidence"], help="masked: which tokens are kept first; default: random")
+    p.add_argument("--method", choices=["euler", "midpoint"], help="flow: the solver; midpoint asks twice a step; default: euler")
+    p.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged over training (default), or the last")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow to begin, faster after")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -304,6 +389,7 @@ def main(argv=None):
     p.add_argument("--num", type=int, default=4, help="validation clips (default 4)")
     p.add_argument("--rollout", type=int, default=1, help="windows of eight frames to dream one after the other (default 1)")
     p.add_argument("--actions", default="shuffled", choices=ACTIONS, help="the last row's actions (default shuffled: another clip's)")
+    p.add_argument("--trace", action="store_true", help="write trace.png instead: the last frame after each step of the sampler")
     p.add_argument("--export", default="", metavar="FILE", help="only write FILE: the checkpoint without what training needs")
     args = p.parse_args(argv)
     try:
@@ -313,16 +399,22 @@ def main(argv=None):
             export(read_checkpoint(args.ckpt), args.export)
             print(f"wrote {args.export}: {os.path.getsize(args.export) / 1e6:.1f} MB")
             return
-        model, saved = load_model(args.ckpt, args.device)
+        model, saved = load_model(args.ckpt, args.device, args.weights)
+        if args.compile:
+            compile_blocks(model)
         tokenizer, clips = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer), validation_clips(saved, args.data)
         settings = settings_of(saved, args)
         print(f"{saved['config']['model']} {saved['config']['variant']}, step {saved['step']}, on {args.device}: "
               f"{args.num} clips of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")
-        rows = picture_rows(dream(model, tokenizer, clips, args.num, args.seed, args.actions, args.rollout, **settings),
-                            other=args.actions)
         out = args.out or (os.path.join("out", "samples_" + os.path.basename(args.ckpt).removesuffix(".pt"))
                            if os.path.dirname(os.path.abspath(args.ckpt)) == os.path.join(HERE, "weights") else
                            os.path.join(os.path.dirname(args.ckpt), "samples"))
+        if args.trace:
+            save_trace(trace(model, tokenizer, clips, args.num, args.seed, **settings), os.path.join(out, "trace.png"))
+            print(f"wrote {out}/trace.png in {time.time() - start:.0f} s")
+            return
+        rows = picture_rows(dream(model, tokenizer, clips, args.num, args.seed, args.actions, args.rollout, **settings),
+                            other=args.actions)
         save_gif(rows, os.path.join(out, "dream.gif"), clips.hz)
         save_png(rows, os.path.join(out, "dream.png"))
         print(f"wrote {out}/dream.gif and {out}/dream.png in {time.time() - start:.0f} s")

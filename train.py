@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=2 train.py --model masked --variant base --data 1x/tokens     # the paper, on two GPUs
 
 With no data it draws the built-in robot, encodes it with the shipped tokenizer, and trains the `tiny` preset; with a
-1X folder and a GPU it trains the paper's model. OUT receives ckpt.pt (replaced atomically), log.jsonl and samples/*.gif.
+1X folder and a GPU it trains the paper's model. OUT receives ckpt.pt (replaced atomically), log.jsonl, loss.png and samples/*.gif.
 
 Everything random is a function of (seed, position): position p = step * batch + i names one clip and its noise (class
 Stream). So a run is the same however its batch is divided among processes and micro-batches, and resuming at step n is
@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from blocks import VARIANTS
 from data import DataError, action_statistics, encode, open_clips, split_folders, synth
-from sample import (MODELS, SAMPLING, CheckpointError, dream, load_tokenizer_for, picture_rows, read_checkpoint,
-                    replace, save_gif)
+from sample import (MODELS, SAMPLING, CheckpointError, compile_blocks, dream, load_tokenizer_for, picture_rows, read_checkpoint,
+                    replace, save_curve, save_gif)
 from tokenizer import TokenizerError
 
 
@@ -44,12 +44,13 @@ class TrainConfig:
     model: str = "flow"  # masked or flow
     variant: str = "full"  # base, split, modality or full
     preset: str = "auto"  # tiny, paper, or auto: paper where a CUDA device and a 1X data folder are found, else tiny
+    set: str = ""  # other sizes or options of the model, as in n_layer=8,width=256 or t_sampling=logit-normal,drop=actions
     data: str = ""  # folder of tokens, latents or raw video; default: the built-in robot in data/robot
     tokenizer: str = ""  # file or folder; default: the one the data was encoded with, or the shipped one
     out: str = ""  # default: out/MODEL_VARIANT
     steps: int = 0  # optimiser steps; 0: the preset's
     batch: int = 0  # clips per step, over all processes and micro-batches; 0: the preset's
-    accum: int = 1  # micro-batches that each process divides its share of a batch into
+    accum: int = 0  # micro-batches that each process divides its share of a batch into; 0: so that they fit (MICRO)
     lr: float = 0.0  # peak learning rate; 0: the preset's
     warmup: int = -1  # steps of linear warm-up; -1: the preset's
     decay: str = ""  # linear or cosine, to zero at the last step; default: the preset's
@@ -59,6 +60,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "auto"  # float32, bfloat16, or auto: whichever this machine multiplies faster
     compile: bool = False  # torch.compile the blocks
+    checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     shard: bool = False  # FSDP2: parameters, gradients and optimiser divided among the processes
     encode: bool = False  # allow encoding a raw --data folder into DATA_discrete or DATA_continuous first
     resume: bool = False  # continue OUT/ckpt.pt
@@ -66,6 +68,7 @@ class TrainConfig:
     workers: int = 0  # processes that load data ahead
     log_every: int = 20
     save_every: int = 500
+    keep: int = 0  # of the last checkpoints that are also kept as ckpt_STEP.pt, beside ckpt.pt and ckpt_previous.pt
     sample_every: int = 1000  # steps between sample GIFs; 0: only at the end
     frames: int = 20_000  # of the built-in robot, drawn when it is missing
 
@@ -76,6 +79,7 @@ PRESETS = {  # Sec. 3.1 and 3.2 for `paper`; `tiny` is measured for a quarter of
     ("tiny", "masked"): dict(steps=950, batch=16, lr=2e-3, warmup=50, decay="cosine"),
     ("tiny", "flow"): dict(steps=1300, batch=16, lr=2e-3, warmup=50, decay="cosine"),
 }
+MICRO = {("paper", "masked"): 4, ("paper", "flow"): 32}  # clips of a micro-batch on a GPU; on a CPU 1. --accum decides instead
 KIND = {"masked": "discrete", "flow": "continuous"}
 SHIPPED = {"masked": "weights/tokenizer_dv_tiny.pt", "flow": "weights/tokenizer_cv_tiny.pt"}
 ROBOT, ROBOT_STRIDE = "data/robot", 4
@@ -165,6 +169,16 @@ def rank_and_world():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def join_processes(backend):
+    """init_process_group; after torchrun --max-restarts under a prefix of its own, for the store that the processes meet at
+    still holds the addresses of the dead ones (torch 2.13)."""
+    attempt, (rank, world) = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), rank_and_world()
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.init_process_group(backend)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=world)
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -220,11 +234,29 @@ def save_checkpoint(file, model, optimizer, ema, step, config, about):
     if rank_and_world()[0] == 0:
         saved = {"model": weights, "ema": averaged, "optimizer": moments, "step": step, "rng": torch.get_rng_state(),
                  "config": asdict(config), **about}
-        torch.save(saved, file + ".tmp")
+        try:
+            torch.save(saved, file + ".tmp")
+        except (OSError, RuntimeError) as e:  # a full disk, most of the time
+            with contextlib.suppress(OSError):
+                os.remove(file + ".tmp")
+            raise CheckpointError(f"{file} could not be written at step {step} ({str(e).splitlines()[0]}): what was there is whole; "
+                                  "free some space and go on with --resume") from None
         if os.path.exists(file):
             os.replace(file, file.replace(".pt", "_previous.pt"))
         os.replace(file + ".tmp", file)
+        if config.keep:
+            keep_last(file, step, config.keep)
     barrier()
+
+
+def keep_last(file, step, n):
+    """ckpt_STEP.pt as another name of what ckpt.pt is now (no second copy on the disk); the oldest beyond n go."""
+    name = lambda s: file.replace(".pt", f"_{s:07d}.pt")
+    with contextlib.suppress(FileExistsError):
+        os.link(file, name(step))
+    kept = sorted(int(f[5:-3]) for f in os.listdir(os.path.dirname(file)) if re.fullmatch(r"ckpt_\d{7}\.pt", f))
+    for old in kept[:-n]:
+        os.remove(name(old))
 
 
 def forget_after(file, step):
@@ -260,8 +292,8 @@ def last_checkpoint(file):
 def resume(saved, model, optimizer, ema, config, about):
     """Puts the state of a checkpoint back; a run that differs in anything that changes its course is refused. What is
     random in training is a function of seed and position; the generator is put back for what else may use it."""
-    free = {"resume", "stop_after", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard", "dtype",
-            "encode", "accum", "preset"}
+    free = {"resume", "stop_after", "keep", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard", "dtype",
+            "encode", "accum", "preset", "checkpoint_activations"}
     old, new = {**saved["config"], **saved["model_config"]}, {**asdict(config), **about["model_config"]}
     differ = [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
     if differ:
@@ -296,15 +328,24 @@ def settle(config, say):
             setattr(config, name, value)
     config.out = os.path.normpath(config.out or f"out/{config.model}_{config.variant}")
     _, world = rank_and_world()
-    if config.batch % (world * config.accum):
-        raise DataError(f"--batch {config.batch} cannot be divided into {world} processes x --accum {config.accum}: give a "
-                        f"multiple of {world * config.accum}")
+    if config.batch % (world * max(config.accum, 1)):
+        raise DataError(f"--batch {config.batch} cannot be divided into {world} processes x --accum {max(config.accum, 1)}: give a "
+                        f"multiple of {world * max(config.accum, 1)}")
+    if not config.accum:
+        share, most = config.batch // world, MICRO.get((config.preset, config.model), config.batch)
+        most = 1 if config.preset == "paper" and not has_gpu else most
+        config.accum = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+    if config.preset == "paper" and not has_gpu and not config.checkpoint_activations:
+        config.checkpoint_activations = True
+        say("no GPU: one clip at a time, and blocks are computed again in the backward pass (--checkpoint_activations)")
 
 
 def model_config(config, clips):
     """The preset's sizes, with what the data decides: frame size, vocabulary or channels, number of actions."""
     _, Config, presets = MODELS[config.model]
-    chosen = dict(presets[config.preset], variant=config.variant, action_dim=clips.action_dim)
+    chosen = dict(presets[config.preset], variant=config.variant, action_dim=clips.action_dim,
+                  checkpoint_activations=config.checkpoint_activations)
+    chosen.update(model_options(config.set, Config))
     shape, tokenizer = clips.shape, clips.meta.get("tokenizer", {})
     chosen.update(H=shape[-2], W=shape[-1], temporal=tokenizer.get("temporal", 8))
     chosen["T_p"] = 1 + (9 - 1) // chosen["temporal"]
@@ -316,9 +357,32 @@ def model_config(config, clips):
     return Config(**chosen)
 
 
+def model_options(text, Config):
+    """"n_layer=8,drop=actions" -> {"n_layer": 8, "drop": "actions"}, by the types of the configuration's fields."""
+    defaults, chosen = asdict(Config()), {}
+    words = {"t_sampling": ("uniform", "logit-normal"), "drop": ("actions", "past", "both"), "variant": VARIANTS}
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        kind = type(defaults.get(name))
+        try:
+            chosen[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+            if value not in words.get(name, [value]) or kind is int and chosen[name] < 1:
+                raise ValueError
+        except (KeyError, ValueError, TypeError):
+            raise DataError(f"--set {item} is not understood: give {', '.join(f'{k}={v}' for k, v in defaults.items())}") from None
+    width, n_head = (chosen.get(k, defaults[k]) for k in ("width", "n_head"))
+    if ("width" in chosen or "n_head" in chosen) and width % (2 * n_head):
+        raise DataError(f"--set {text}: the width {width} cannot be divided into {n_head} heads of an even size; give both")
+    return chosen
+
+
+def has_run(folder):
+    return any(os.path.exists(os.path.join(folder, f)) for f in ("ckpt.pt", "ckpt_previous.pt"))
+
+
 def new_run_folder(config, say):
     """An earlier run in --out is kept under another name: nothing on disk is lost."""
-    if os.path.exists(os.path.join(config.out, "ckpt.pt")) and not config.resume:
+    if has_run(config.out) and not config.resume:
         n = next(i for i in range(1, 10_000) if not os.path.exists(f"{config.out}.{i}"))
         os.rename(config.out, f"{config.out}.{n}")
         say(f"{config.out} already held a run; it is now {config.out}.{n}")
@@ -334,7 +398,7 @@ def train(config):
     if world > 1 or config.shard:
         if world == 1:
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1")
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        join_processes("nccl" if kind == "cuda" else "gloo")
     say = print if rank == 0 else (lambda *_: None)
 
     # what to train on, and what to train
@@ -356,6 +420,8 @@ def train(config):
 
     # how
     file = os.path.join(config.out, "ckpt.pt")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and has_run(config.out):
+        config.resume = True  # torchrun --max-restarts began this run again
     if config.resume:
         saved = last_checkpoint(file)
         if config.dtype == "auto":  # measured once for a whole run
@@ -368,8 +434,7 @@ def train(config):
     config.dtype = str(dtype).removeprefix("torch.")
     autocast = torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32)
     if config.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     runner = model
     if config.shard:
         from torch.distributed.fsdp import fully_shard
@@ -391,8 +456,8 @@ def train(config):
         step = resume(saved, model, optimizer, ema, config, about)
         del saved
         say(f"resuming {file} at step {step}")
-        if rank == 0:
-            forget_after(os.path.join(config.out, "log.jsonl"), step)
+    if rank == 0:
+        forget_after(os.path.join(config.out, "log.jsonl"), step)
     say(f"{config.model} {config.variant}: {n / 1e6:.1f} M parameters, {len(clips)} clips of {folder}, {config.steps} steps of "
         f"{config.batch} clips on {world} x {kind}, {config.dtype}, to {config.out}")
 
@@ -495,6 +560,7 @@ def show(config, about, sizes, ema, folder, step, device):
             rows = picture_rows(dream(model, tokenizer, open_clips(folder, "val"), num=min(4, len(open_clips(folder, "val"))),
                                       **SAMPLING[config.preset, config.model]))
             save_gif(rows, os.path.join(config.out, "samples", f"step_{step:06d}.gif"), hz=open_clips(folder, "val").hz)
+        save_curve(config.out)
     barrier()
 
 
@@ -524,6 +590,8 @@ def main(argv=None):
         train(config)
     except (DataError, TokenizerError, CheckpointError) as e:
         sys.exit(f"train.py: {e}")
+    except OSError as e:  # what was renamed is whole, what was not is beside it
+        sys.exit(f"train.py: {e.filename or config.out}: {e.strerror}; checkpoints on disk are whole, go on with --resume")
 
 
 if __name__ == "__main__":

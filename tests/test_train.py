@@ -141,6 +141,30 @@ def test_a_given_flag_is_not_replaced_by_the_presets(toy, name, value):
     assert getattr(c, name) == value
 
 
+def test_micro_batches_by_themselves(toy, monkeypatch):
+    """The paper's batches are divided so that they fit; what is asked for is done."""
+    for gpu, world, model, asked, accum in ((True, 1, "masked", {}, 4), (True, 2, "flow", {}, 2), (False, 1, "masked", {}, 16),
+                                            (False, 2, "flow", {}, 64), (True, 1, "masked", dict(accum=2), 2),
+                                            (True, 1, "masked", dict(batch=6), 2)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(training, "rank_and_world", lambda: (0, world))
+        c = config(toy, "x", model, preset="paper", **{"batch": 0, **asked})
+        training.settle(c, lambda *_: None)
+        assert c.accum == accum and c.checkpoint_activations == (not gpu)
+
+
+@pytest.mark.parametrize("text, word", [("n_layer", "n_layer"), ("colour=3", "colour"), ("n_layer=-1", "n_layer"), ("drop=most", "drop"),
+                                        ("width=30,n_head=4", "heads")])
+def test_bad_model_options_are_one_sentence(toy, tmp_path, text, word):
+    assert word in ends(training.main, *flags(toy, tmp_path, "flow", set=text))
+
+
+def test_model_options(toy, tmp_path):
+    run(toy, tmp_path, "flow", steps=1, set="n_layer=3,t_sampling=logit-normal,place_table=False")
+    made = read(tmp_path)["model_config"]
+    assert (made["n_layer"], made["t_sampling"], made["place_table"]) == (3, "logit-normal", False)
+
+
 def test_flags_are_the_dataclass():
     c = training.parse(["--model", "flow", "--variant", "split", "--warmup", "0", "--lr", "0.1", "--resume"])
     assert (c.model, c.variant, c.warmup, c.lr, c.resume, c.steps) == ("flow", "split", 0, 0.1, True, 0)
@@ -457,6 +481,9 @@ def two_processes(toy, tmp_path_factory):
     configs += [config(toy, root / f"four_{m}", m, "full", steps=4, lr=1e-3) for m in ("masked", "flow")]
     configs += [config(toy, root / "accum", "masked", "full", steps=4, lr=1e-3, accum=2, stop_after=2),
                 config(toy, root / "accum", "masked", "full", steps=4, lr=1e-3, accum=2, resume=True)]
+    configs += [config(toy, root / f"shard_{m}", m, "full", steps=4, lr=1e-3, shard=True) for m in ("masked", "flow")]
+    configs += [config(toy, root / "shard_stop", "flow", "full", steps=4, lr=1e-3, shard=True, stop_after=2),
+                config(toy, root / "shard_stop", "flow", "full", steps=4, lr=1e-3, shard=True, resume=True)]
     (root / "driver.py").write_text(textwrap.dedent(DRIVER).format(main=MAIN, tests=os.path.dirname(os.path.abspath(__file__))))
     (root / "runs.json").write_text(json.dumps([[p, c.variant == "split", vars(c)] for p, c in zip(free_ports(len(configs)), configs)]))
     own = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", OMP_NUM_THREADS="1")
@@ -491,6 +518,20 @@ def test_two_processes_are_one(toy, two_processes, tmp_path, model):
     two = log(two_processes / f"four_{model}")
     np.testing.assert_allclose(losses(one), losses(two), atol=1e-5)
     np.testing.assert_allclose([line["grad_norm"] for line in one], [line["grad_norm"] for line in two], rtol=1e-3)
+
+
+@both
+def test_sharded_training_is_the_same(two_processes, model):
+    """FSDP2: parameters, gradients and moments divided over the processes; checkpoints are whole all the same."""
+    np.testing.assert_allclose(losses(log(two_processes / f"shard_{model}")), losses(log(two_processes / f"four_{model}")), atol=1e-5)
+    a, b = read(two_processes / f"shard_{model}"), read(two_processes / f"four_{model}")
+    for part in ("model", "ema"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.allclose(v, b[part][k], atol=1e-4) for k, v in a[part].items())
+
+
+def test_a_sharded_run_resumes(two_processes):
+    assert losses(log(two_processes / "shard_stop")) == losses(log(two_processes / "shard_flow"))
 
 
 def test_two_processes_with_accumulation_and_a_stop_are_one(two_processes):
