@@ -62,9 +62,11 @@ def eight(args):
     columns = []
     for model in ("masked", "flow"):
         for variant in VARIANTS:
+            if args.only and f"{model}:{variant}" not in args.only.split(","):
+                continue
             out = f"{args.out}/{model}_{variant}"
             ckpt = trained(out, model, variant, *steps)
-            columns.append((model, variant, scored(ckpt, f"{out}/scores.json", args.num), *best_rate(out)))
+            columns.append((model, variant, scored(ckpt, f"{out}/scores.json", args.num, *args.inception), *best_rate(out)))
     rows = [
         ("parameters, M", lambda s, *_: f"{s['params'] / 1e6:.2f}"),
         ("training, clips/s (peak GB a process)", lambda s, rate, gb: f"{rate:.0f} ({gb:.2f})"),
@@ -89,13 +91,13 @@ def eight(args):
 
 def defaults(args):
     """One line a choice: what was compared, under which budget, the numbers, which became the default."""
-    half = ["--steps", args.steps] if args.steps else []
-    base = {m: trained(f"{args.out}/{m}_{v}", m, v, *half) for m, v in (("masked", "base"), ("flow", "full"))}
+    steps = ["--steps", args.steps] if args.steps else []
+    base = {m: trained(f"{args.out}/{m}_{v}", m, v, *steps) for m, v in (("masked", "base"), ("flow", "full"))}
     lines = ["| choice | setting | PSNR | delta_psnr | distance |", "|---|---|---|---|---|"]
 
     def line(choice, setting, ckpt, *flags):
         name = re.sub(r"[^a-z0-9.]+", "_", f"{choice}_{setting}".lower())
-        s = scored(ckpt, f"{os.path.dirname(ckpt)}/{name}.json", args.num, *flags)
+        s = scored(ckpt, f"{os.path.dirname(ckpt)}/{name}.json", args.num, *args.inception, *flags)
         lines.append(f"| {choice} | {setting} | {s['psnr']:.2f} | {s['delta_psnr']:.2f} | {s['fid']:.4f} |")
 
     for weights in ("ema", "last"):
@@ -110,10 +112,10 @@ def defaults(args):
             line("masked: order, K", f"{order}, {K}", base["masked"], "--order", order, "--steps", K)
     for T in (0.0, 0.5, 1.0):
         line("masked: temperature", T, base["masked"], "--temperature", T)
-    for option in ("t_sampling=logit-normal", "drop=actions", "drop=past", "p_drop=0"):
-        ckpt = trained(f"{args.out}/flow_full_{option}", "flow", "full", *half, "--set", option)
+    for option in ("", "t_sampling=logit-normal", "drop=actions", "drop=past", "p_drop=0"):  # these are trained for it, each alike
+        ckpt = trained(f"{args.out}/option_{option or 'none'}", "flow", "full", "--steps", args.option_steps, "--set", option)
         for cfg in (1.0,) if option.startswith(("t_", "p_")) else (1.0, 1.5, 2.0):
-            line("flow: trained with " + option, f"guidance {cfg}", ckpt, "--cfg", cfg)
+            line(f"flow, {args.option_steps} steps: " + (option or "as it is"), f"guidance {cfg}", ckpt, "--cfg", cfg)
     return "\n".join(lines)
 
 
@@ -121,9 +123,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/tables")
     p.add_argument("--steps", type=int, default=0, help="of training, for every model; default: the preset's")
+    p.add_argument("--option_steps", type=int, default=400, help="of training, for the choices that need a training of their own")
     p.add_argument("--num", type=int, default=64, help="validation clips")
+    p.add_argument("--only", default="", help="some of the eight, as in masked:base,flow:full")
+    p.add_argument("--inception", default="", help="as of evaluate.py")
     p.add_argument("--defaults", action="store_true", help="the table of defaults in place of that of the eight models")
     args = p.parse_args()
+    args.inception = ["--inception", args.inception] if args.inception else []
     text = (defaults if args.defaults else eight)(args)
     os.makedirs(f"{HERE}/{args.out}", exist_ok=True)
     with open(f"{HERE}/{args.out}/{'defaults' if args.defaults else 'table'}.md", "w") as f:
