@@ -550,3 +550,54 @@ def test_psnr_by_hand():
     b[:, :, 1] += 1 / 127.5  # one grey level off in one of two frames
     exact = tok.psnr(a, a)
     assert abs(tok.psnr(a, b) - (exact + 48.13) / 2) < 0.01  # 10 log10(255^2)
+
+
+# ---- where training starts
+
+
+def test_a_start_that_is_simple():
+    """Quiet, and free of time: a frame of a standing video is coded like any other, whatever the causal kernels will learn."""
+    torch.manual_seed(0)
+    config = TokenizerConfig(channels=8, channels_mult=(1, 2, 2), num_res_blocks=1, **FULL["continuous"])
+    plain, simple = Tokenizer(config), Tokenizer(config)
+    tok.start_simple(simple)
+    video, still = clip(), clip(1).expand(-1, -1, 17, -1, -1)
+    assert simple(video).std() < 0.3 * plain(video).std()
+    z = simple.encode(still)
+    assert z.std() > 0 and (z - z[:, :, :1]).abs().max() < 0.3 * z.std()
+
+
+def test_a_start_from_a_trained_one_keeps_its_principal_components(tmp_path):
+    """A narrower bottleneck is the projection of the old latents on their directions of greatest variance: what a
+    linear code of that many numbers keeps at best."""
+    old = small("continuous", latent_channels=6, z_channels=6)
+    tok.save(old, str(tmp_path / "old.pt"))
+    old = load_tokenizer(str(tmp_path / "old.pt"))
+    new, video = Tokenizer(TokenizerConfig(**{**vars(old.config), "latent_channels": 3})), clip(17, 64)
+    tok.start_from(new, str(tmp_path / "old.pt"), video)
+    z = old.encode(video).movedim(1, -1)
+    flat = z.reshape(-1, 6)
+    _, _, V = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    kept = (z - flat.mean(0)) @ V[:3].T @ V[:3] + flat.mean(0)
+    torch.testing.assert_close(new(video), old.decode(kept.movedim(-1, 1)), rtol=1e-3, atol=1e-3)
+    code = new.encode(video).movedim(1, -1).reshape(-1, 3)
+    torch.testing.assert_close(torch.cov(code.T), torch.eye(3), rtol=1e-3, atol=1e-3)
+
+
+def test_a_discrete_start_from_a_continuous_one_uses_its_levels(tmp_path):
+    old = small("continuous", latent_channels=6, z_channels=6)
+    tok.save(old, str(tmp_path / "old.pt"))
+    new = Tokenizer(TokenizerConfig(**{**vars(old.config), "levels": (5, 5, 5)}))
+    video = clip(17, 192)  # 432 places
+    tok.start_from(new, str(tmp_path / "old.pt"), video)
+    ids = new.encode(video)
+    used = [torch.unique(ids // n % 5).numel() for n in (1, 5, 25)]
+    assert used == [5, 5, 5] and ids.unique().numel() > 60, "of 125 ids"
+
+
+@pytest.mark.parametrize("change, word", [(dict(channels=4), "shape"), (dict(latent_channels=9), "9")])
+def test_a_start_that_does_not_fit_is_one_sentence(tmp_path, change, word):
+    tok.save(small("continuous", latent_channels=6, z_channels=6), str(tmp_path / "old.pt"))
+    config = TokenizerConfig(**{**vars(small("continuous", latent_channels=6, z_channels=6).config), **change})
+    with pytest.raises(TokenizerError, match=word):
+        tok.start_from(Tokenizer(config), str(tmp_path / "old.pt"), clip())
