@@ -556,6 +556,53 @@ def test_sample_command(trained, tmp_path, model, actions):
 
 
 @both
+def test_trace_shows_every_step_of_the_sampler(trained, tmp_path, model):
+    sample.main(["--ckpt", f"{trained[model]}/ckpt.pt", "--out", str(tmp_path), "--num", "2", "--steps", "3", "--trace"])
+    with Image.open(tmp_path / "trace.png") as png:
+        steps = {"flow": 4, "masked": 3}[model]  # the flow's strip begins with the noise
+        assert png.size == (steps * (96 + 3) - 3, 2 * (96 + 3) - 3)
+    assert os.listdir(tmp_path) == ["trace.png"]
+
+
+def test_trace_hides_what_is_hidden(toy, trained):
+    """Masked-HWM: grey where a token is still hidden, none left after the last step."""
+    net, saved = sample.load_model(f"{trained['masked']}/ckpt.pt")
+    strips = sample.trace(net, sample.load_tokenizer_for(saved["tokenizer"]), data.open_clips(f"{toy}/dv", "val"), num=1, K=4)
+    grey = [(strip.reshape(4, 8, 4, 8, 3).swapaxes(1, 2) == 128).all((2, 3, 4)).sum() for strip in strips[0]]
+    assert grey == [16 - masked_hwm.n_fixed(k, 4, 16) for k in (1, 2, 3, 4)]
+
+
+def test_the_curve_is_drawn_from_the_log(trained, tmp_path):
+    shutil.copytree(trained["flow"], tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "w") as f:
+        f.writelines(json.dumps({"step": s, "loss": 2 - s / 100}) + "\n" for s in range(1, 101))
+    sample.save_curve(str(tmp_path / "run"))
+    with Image.open(tmp_path / "run" / "loss.png") as png:
+        pixels = np.asarray(png.convert("RGB")).astype(int)
+    assert len(pixels) == 450, "the curve, and below it what was dreamt"
+    blue = (abs(pixels - (31, 119, 180)).sum(-1) < 60)[:300]
+    left, right = (np.flatnonzero(blue[:, x]).mean() for x in (100, 700))
+    assert left < 80 and right > 220, "a falling loss falls"
+
+
+def test_sampling_flags_reach_the_sampler(trained, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(flow_hwm, "integrate", lambda velocity, X_0, steps, method, trace: seen.append((steps, method)) or X_0)
+    sample.main(["--ckpt", f"{trained['flow']}/ckpt.pt", "--out", str(tmp_path), "--num", "1", "--steps", "3", "--method", "midpoint"])
+    assert set(seen) == {(3, "midpoint")}
+
+
+def test_last_weights_and_averaged_ones(trained, tmp_path):
+    file = f"{trained['flow']}/ckpt.pt"
+    saved = read(trained["flow"])
+    for which, part in (("ema", "ema"), ("last", "model")):
+        net, _ = sample.load_model(file, weights=which)
+        assert all(torch.equal(v, saved[part][k]) for k, v in net.state_dict().items())
+    sample.main(["--ckpt", file, "--export", str(tmp_path / "small.pt")])
+    assert "averaged" in ends(sample.main, "--ckpt", tmp_path / "small.pt", "--weights", "last")
+
+
+@both
 def test_rollout_goes_on_from_the_dream(toy, trained, model):
     net, saved = sample.load_model(f"{trained[model]}/ckpt.pt")
     tokenizer, clips = tok.load_tokenizer(f"{toy}/{'dv' if model == 'masked' else 'cv'}.pt"), data.open_clips(f"{toy}/raw", "val")
