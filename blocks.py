@@ -117,18 +117,25 @@ def cut(x, variant, lengths):
     return x.split([sum(n for n, s in zip(lengths, sets) if s == i) for i in range(max(sets) + 1)], dim=1)
 
 
-class ActionsAtPlace(nn.Module):
-    """For small models: adds to every future token the actions of the frames that its latent covers, through one linear
-    map. Attention to the action tokens could learn this; it takes longer than a laptop's patience."""
+class AtPlace(nn.Module):
+    """For small models: tells every future token what stood around its place in the last past latent, and what the robot
+    does in the frames that its own latent covers. The actions open and close the features of what stood around, so that
+    one layer can move a picture aside as a turning camera does. Attention could learn all this from the past and action
+    tokens; it takes longer than a laptop's patience."""
 
-    def __init__(self, action_dim, D, temporal):
+    def __init__(self, action_dim, D, temporal, reach=2):
         super().__init__()
-        self.linear, self.temporal = nn.Linear(temporal * action_dim, D), temporal
+        self.norm, self.temporal = nn.LayerNorm(D), temporal
+        self.around = nn.Conv2d(D, D, 2 * reach + 1, padding=reach)
+        self.actions, self.out = nn.Linear(temporal * action_dim, 2 * D), nn.Linear(D, D)
 
-    def forward(self, a_f, S):
-        """a_f (B, F_f, A) standardised future actions -> (B, T_f * S, D), to be added to v_f."""
-        y = self.linear(rearrange(a_f, "b (t f) a -> b t (f a)", f=self.temporal))  # (B, T_f, D)
-        return y.repeat_interleave(S, dim=1)
+    def forward(self, p, a_f, layout):
+        """p (B, S, D) tokens of the last past latent, a_f (B, F_f, A) standardised future actions
+        -> (B, T_f * S, D), to be added to v_f"""
+        around = self.around(rearrange(self.norm(p), "b (h w) d -> b d h w", h=layout.H))
+        around = rearrange(around, "b d h w -> b 1 (h w) d")
+        add, gate = self.actions(rearrange(a_f, "b (t f) a -> b t 1 (f a)", f=self.temporal)).chunk(2, dim=-1)
+        return (self.out(F.gelu(around * (1 + gate))) + add).flatten(1, 2)
 
 
 class MLP(nn.Sequential):

@@ -19,7 +19,7 @@ import torch.nn as nn
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from blocks import ActionsAtPlace, FlowBlock, Layout, Modulate, Modulation, axis_dims, layer_variants, modulate, rope_table
+from blocks import AtPlace, FlowBlock, Layout, Modulate, Modulation, axis_dims, layer_variants, modulate, rope_table
 
 
 @dataclass
@@ -43,16 +43,13 @@ class FlowConfig:
     t_sampling: str = "uniform"  # or logit-normal
     p_drop: float = 0.15  # how often conditions are dropped in training, for guidance
     drop: str = "both"  # which: actions, past, or both
-    past_at_place: bool = False  # add the last past latent's embedding to the future token at its own place
-    place_table: bool = False  # and a learned vector of the place: a small model sees from the first step where it is
-    actions_at_place: bool = False  # and the actions of its own frames (blocks.ActionsAtPlace)
+    at_place: bool = False  # give video tokens a vector of their place, and future ones blocks.AtPlace
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more time
 
 
 PRESETS = {
     "paper": dict(),
-    "tiny": dict(n_layer=5, n_head=4, width=128, hidden=512, time_width=64, H=8, W=8, patch=1, past_at_place=True,
-                 place_table=True, actions_at_place=True),
+    "tiny": dict(n_layer=5, n_head=4, width=128, hidden=512, time_width=64, H=8, W=8, patch=1, at_place=True),
 }
 
 
@@ -100,8 +97,8 @@ class FlowHWM(nn.Module):
         self.embed_p, self.embed_f = (nn.Linear(c.channels * c.patch**2, D) for _ in range(2))
         self.embed_action = nn.Sequential(nn.Linear(c.action_dim, D), nn.Linear(D, 2 * D), nn.GELU(approximate="tanh"),
                                           nn.Linear(2 * D, D))
-        self.place = nn.Parameter(torch.empty(self.layout.S, D)) if c.place_table else None
-        self.actions_at_place = ActionsAtPlace(c.action_dim, D, c.temporal) if c.actions_at_place else None
+        self.place = nn.Parameter(torch.empty(self.layout.S, D)) if c.at_place else None
+        self.at_place = AtPlace(c.action_dim, D, c.temporal) if c.at_place else None
         self.embed_time = nn.Sequential(nn.Linear(C, C), nn.SiLU(), nn.Linear(C, C), nn.SiLU())
         self.blocks = nn.ModuleList(FlowBlock(D, c.n_head, c.hidden, C, variant, last=i == c.n_layer - 1)
                                     for i, variant in enumerate(layer_variants(c.variant, c.n_layer)))
@@ -115,6 +112,8 @@ class FlowHWM(nn.Module):
     def initialize_weights(self):
         """N(0, 0.02), gates open; Xavier for the final linear layer (zero was unstable, Sec. 3.2)."""
         for name, p in self.named_parameters():
+            if name.startswith("at_place"):
+                continue  # PyTorch's own, wider: to be heard from the first step
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
@@ -155,18 +154,15 @@ class FlowHWM(nn.Module):
         time = self.embed_time(time_embedding(t, c.time_width))  # (B or 1, C)
         p = self.embed_p(self.patchify(v_p))  # (B, T_p*S, D)
         actions = (actions - self.action_mean) / self.action_std
-        a, at_place = self.embed_action(actions), 0  # (B, F, D)
-        if c.actions_at_place:
-            at_place = self.actions_at_place(actions[:, layout.lengths[2] :], layout.S)  # (B, T_f*S, D)
+        a, a_f = self.embed_action(actions), actions[:, layout.lengths[2] :]  # (B, F, D), (B, F_f, A)
         if keep_past is not None:
             p = p * keep_past.view(-1, 1, 1).to(p.dtype)
         if keep_actions is not None:
-            a, at_place = (y * keep_actions.view(-1, 1, 1).to(a.dtype) for y in (a, at_place))
-        x = self.embed_f(self.patchify(X_t)) + at_place  # (B, T_f*S, D)
-        if c.past_at_place:
-            x = x + p[:, -layout.S :].repeat(1, layout.T_f, 1)
-        if self.place is not None:
-            x, p = x + self.place.repeat(layout.T_f, 1), p + self.place.repeat(layout.T_p, 1)
+            a, a_f = (y * keep_actions.view(-1, 1, 1).to(y.dtype) for y in (a, a_f))
+        x = self.embed_f(self.patchify(X_t))  # (B, T_f*S, D)
+        if c.at_place:
+            p, x = p + self.place.repeat(layout.T_p, 1), x + self.place.repeat(layout.T_f, 1)
+            x = x + self.at_place(p[:, -layout.S :], a_f, layout)
         x, rope = torch.cat([p, x, a], dim=1), self.rope(layout, X_t.device)  # (B, N, D): v_p, v_f, a_p, a_f
         for block in self.blocks:
             if c.checkpoint_activations and torch.is_grad_enabled():

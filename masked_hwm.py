@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from blocks import ActionsAtPlace, Layout, MaskedBlock, Rope, layer_variants, masked_rope
+from blocks import AtPlace, Layout, MaskedBlock, Rope, layer_variants, masked_rope
 
 
 @dataclass
@@ -39,19 +39,41 @@ class MaskedConfig:
     temporal: int = 8  # frames per latent
     action_dim: int = 25
     rho_max: float = 0.2
-    actions_at_place: bool = False  # add to a future token the actions of its own frames (blocks.ActionsAtPlace)
+    at_place: bool = False  # give future tokens blocks.AtPlace
+    share_digits: bool = False  # ids that agree in a digit of `levels` share a part of their vectors (DigitTable)
+    levels: tuple = ()  # of the tokenizer's FSQ, if share_digits
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more time
 
 
 PRESETS = {
     "paper": dict(),
-    "tiny": dict(n_layer=5, n_head=4, width=128, hidden=512, vocab_size=4096, H=8, W=8, actions_at_place=True),
+    "tiny": dict(n_layer=5, n_head=4, width=128, hidden=512, vocab_size=4375, H=8, W=8, at_place=True,
+                 share_digits=True, levels=(7, 5, 5, 5, 5)),
 }
 
 
 def gamma(r):
     """Share of a frame that is masked, for r in [0, 1]: everything at 0, nothing at 1 (cosine schedule of MaskGIT)."""
     return torch.cos(math.pi / 2 * r)
+
+
+class DigitTable(nn.Module):
+    """For small models: an id of FSQ is a number of several digits, a level for each channel of the code, and ids that
+    agree in a digit look alike. This adds to the vector of every id one vector for each of its digits. A table of
+    4,375 rows could learn that from many more clips than a laptop sees; 27 rows learn it at once."""
+
+    def __init__(self, levels, D):
+        super().__init__()
+        ids, basis, columns = torch.arange(math.prod(levels)), 1, []
+        for n in levels:  # mixed radix, first level fastest
+            columns.append(F.one_hot(ids // basis % n, n))
+            basis *= n
+        self.register_buffer("digits", torch.cat(columns, dim=1).float(), persistent=False)  # (vocab, sum(levels))
+        self.weight = nn.Parameter(torch.empty(sum(levels), D))
+
+    def forward(self):
+        """-> (vocab, D), to be added to a table of one row an id"""
+        return self.digits @ self.weight
 
 
 class MaskedHWM(nn.Module):
@@ -65,10 +87,11 @@ class MaskedHWM(nn.Module):
         self.position = nn.Parameter(torch.empty(c.T_p + c.T_f, c.H * c.W, D))  # of each latent pixel of a clip
         self.embed_action = nn.Sequential(nn.Linear(c.action_dim, D), nn.Linear(D, c.hidden), nn.GELU(approximate="tanh"),
                                           nn.Linear(c.hidden, D))
-        self.actions_at_place = ActionsAtPlace(c.action_dim, D, c.temporal) if c.actions_at_place else None
+        self.at_place = AtPlace(c.action_dim, D, c.temporal) if c.at_place else None
         self.blocks = nn.ModuleList(MaskedBlock(D, c.n_head, c.hidden, variant, last=i == c.n_layer - 1)
                                     for i, variant in enumerate(layer_variants(c.variant, c.n_layer)))
         self.norm_out, self.out = nn.LayerNorm(D), nn.Linear(D, c.vocab_size)
+        self.digits_in, self.digits_out = (DigitTable(c.levels, D) if c.share_digits else None for _ in range(2))
         self.register_buffer("action_mean", torch.zeros(c.action_dim))  # of the training split; travel with the weights
         self.register_buffer("action_std", torch.ones(c.action_dim))
         self.ropes = {}
@@ -77,6 +100,8 @@ class MaskedHWM(nn.Module):
     def initialize_weights(self):
         """Sec. 3.1: N(0, 0.02) for all weights, Xavier for the mask token and the output projection."""
         for name, p in self.named_parameters():
+            if name.startswith("at_place"):
+                continue  # PyTorch's own, wider: to be heard from the first step
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
@@ -96,15 +121,18 @@ class MaskedHWM(nn.Module):
         c, layout = self.config, self.layout._replace(T_f=L.shape[1] - self.config.T_p)
         rope = self.rope(layout, L.device)
         x = self.embed(L)  # (B, T, H, W, D)
+        if c.share_digits:
+            x = x + F.embedding(L, self.digits_in())
         x_f = torch.where(M[..., None], self.mask_token.to(x.dtype), x[:, c.T_p :])
         x = torch.cat([x[:, : c.T_p], x_f], dim=1).flatten(2, 3)  # (B, T, S, D)
         rows = torch.arange(layout.T, device=L.device).clamp(max=len(self.position) - 1)
         x = (x + self.position[rows]).flatten(1, 2)  # (B, T*S, D); latents beyond the trained ones share its last row
         actions = (actions - self.action_mean) / self.action_std
         a = self.embed_action(actions)  # (B, F, D)
-        if c.actions_at_place:
+        if c.at_place:
             v_p, v_f = x.tensor_split([layout.future.start], dim=1)
-            x = torch.cat([v_p, v_f + self.actions_at_place(actions[:, layout.lengths[2] :], layout.S)], dim=1)
+            v_f = v_f + self.at_place(v_p[:, -layout.S :], actions[:, layout.lengths[2] :], layout)
+            x = torch.cat([v_p, v_f], dim=1)
         x = torch.cat([x, a], dim=1)  # (B, N, D) in the order v_p, v_f, a_p, a_f
         for block in self.blocks:
             if self.config.checkpoint_activations and torch.is_grad_enabled():
@@ -123,7 +151,11 @@ class MaskedHWM(nn.Module):
 
     def logits(self, L, M, actions, where=None):
         """Logits (n, vocab) of the future tokens where `where` (B, T_f, H, W) is True (default: where M is), in order."""
-        return self.out(self.features(L, M, actions)[(M if where is None else where).flatten(1)])
+        h = self.features(L, M, actions)[(M if where is None else where).flatten(1)]
+        return F.linear(h, self.out_weight(), self.out.bias)
+
+    def out_weight(self):
+        return self.out.weight + self.digits_out() if self.config.share_digits else self.out.weight
 
     # ---- the objective ---------------------------------------------------------------------------------------------
 
@@ -148,7 +180,7 @@ class MaskedHWM(nn.Module):
         L_noisy, M = self.corrupt(L, draws)
         h = self.features(L_noisy, M, actions)[M.flatten(1)]  # (n, D): logits only where the loss looks
         targets = L[:, self.config.T_p :][M]
-        return LinearCrossEntropy.apply(h, self.out.weight, self.out.bias, targets), M.sum()
+        return LinearCrossEntropy.apply(h, self.out_weight(), self.out.bias, targets), M.sum()
 
     # ---- the sampler -----------------------------------------------------------------------------------------------
 

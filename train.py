@@ -76,8 +76,8 @@ class TrainConfig:
 PRESETS = {  # Sec. 3.1 and 3.2 for `paper`; `tiny` is measured for a quarter of an hour on two cores
     ("paper", "masked"): dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear"),
     ("paper", "flow"): dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine"),
-    ("tiny", "masked"): dict(steps=1100, batch=16, lr=2e-3, warmup=50, decay="cosine"),
-    ("tiny", "flow"): dict(steps=1300, batch=16, lr=2e-3, warmup=50, decay="cosine"),
+    ("tiny", "masked"): dict(steps=1400, batch=8, lr=2e-3, warmup=50, decay="cosine"),
+    ("tiny", "flow"): dict(steps=2000, batch=8, lr=2e-3, warmup=50, decay="cosine"),
 }
 MICRO = {("paper", "masked"): 4, ("paper", "flow"): 32}  # clips of a micro-batch on a GPU; on a CPU 1. --accum decides instead
 KIND = {"masked": "discrete", "flow": "continuous"}
@@ -352,6 +352,9 @@ def model_config(config, clips):
     chosen["T_f"] = shape[-3] - chosen["T_p"]
     if config.model == "masked":
         chosen["vocab_size"] = clips.vocab_size
+        if "levels" not in tokenizer:  # as of tokens that were not made here
+            chosen["share_digits"] = False
+        chosen["levels"] = tuple(tokenizer["levels"]) if chosen.get("share_digits") else ()
     else:
         chosen["channels"] = shape[0]
     return Config(**chosen)

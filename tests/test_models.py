@@ -256,15 +256,49 @@ def test_which_stream_learns_of_which(family, variant):
     assert torch.equal(learns, expected)
 
 
-def test_actions_at_place_are_those_of_the_tokens_own_frames():
-    layer, S, T_f = shake(blocks.ActionsAtPlace(A, D, temporal=8)), 3, 2
-    a_f = torch.randn(2, 8 * T_f, A, generator=generator()).requires_grad_()
-    y = layer(a_f, S)
-    assert y.shape == (2, T_f * S, D)
-    for t in range(T_f):
+def test_at_place_hears_its_own_frames_and_its_surroundings():
+    layout = LAYOUT._replace(T_f=2, H=1, W=7)
+    layer, S = shake(blocks.AtPlace(A, D, temporal=8)), 7
+    a_f = torch.randn(2, 16, A, generator=generator()).requires_grad_()
+    p = torch.randn(2, S, D, generator=generator(1)).requires_grad_()
+    y = layer(p, a_f, layout)
+    assert y.shape == (2, 2 * S, D)
+    for t in range(2):
         for s in range(S):  # future latent t is of the future frames 8 t .. 8 t + 7, at every place
-            (g,) = torch.autograd.grad(y[:, t * S + s].sum(), a_f, retain_graph=True)
-            assert (g.abs().amax((0, 2)) > 0).tolist() == [8 * t <= j < 8 * t + 8 for j in range(8 * T_f)]
+            by_p, by_a = torch.autograd.grad(y[:, t * S + s].sum(), [p, a_f], retain_graph=True)
+            assert (by_a.abs().amax((0, 2)) > 0).tolist() == [8 * t <= j < 8 * t + 8 for j in range(16)]
+            assert (by_p.abs().amax((0, 2)) > 0).tolist() == [abs(s - other) <= 2 for other in range(S)]
+
+
+def test_digits_are_those_of_fsq():
+    """Row i of the table holds a one for each digit of id i, as the tokenizer counts them; and ids that share all but one
+    digit differ by one vector only."""
+    from tokenizer import FSQ
+    levels = (4, 3, 5)
+    table, ids = shake(masked_hwm.DigitTable(levels, D)), torch.arange(60)
+    codes = FSQ(levels).ids_to_codes(ids.view(60, 1, 1, 1))[:, :, 0, 0, 0]  # (60, 3) in [-1, 1]
+    digits = (codes * torch.tensor(levels).div(2, rounding_mode="floor") + torch.tensor(levels).div(2, rounding_mode="floor")).round().long()
+    ones = torch.cat([F.one_hot(d, n) for d, n in zip(digits.unbind(1), levels)], dim=1)
+    assert torch.equal(table.digits.long(), ones)
+    difference = table()[1] - table()[0]  # first level fastest
+    close(difference, table.weight[1] - table.weight[0])
+
+
+def test_shared_digits_only_add():
+    """With zero digit vectors the model is the one without them; with others, input and output change."""
+    plain, shared = toy_model("masked", vocab_size=12), toy_model("masked", vocab_size=12, share_digits=True, levels=(4, 3))
+    shared.load_state_dict(plain.state_dict(), strict=False)
+    (L, actions), M = toy_clips("masked"), torch.ones(2, 1, 2, 3, dtype=torch.bool)
+    expected = plain.logits(L, M, actions)
+    for table in (shared.digits_in, shared.digits_out):
+        kept = table.weight.data.clone()
+        table.weight.data.zero_()
+        other = shared.digits_out if table is shared.digits_in else shared.digits_in
+        other_kept, other.weight.data = other.weight.data.clone(), torch.zeros_like(other.weight)
+        close(shared.logits(L, M, actions), expected)
+        table.weight.data = kept
+        assert (shared.logits(L, M, actions) - expected).abs().max() > 1e-3
+        other.weight.data = other_kept
 
 
 # ---- TRAPS 5: residuals
@@ -568,10 +602,11 @@ def test_initial_statistics_masked(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_initial_statistics_flow(variant):
     torch.manual_seed(0)
-    model = FlowHWM(FlowConfig(variant=variant, n_layer=2, n_head=2, width=128, hidden=256, H=4, W=4, time_width=16,
-                               place_table=True))
+    model = FlowHWM(FlowConfig(variant=variant, n_layer=2, n_head=2, width=128, hidden=256, H=4, W=4, time_width=16, at_place=True))
     special, gates = {"out.weight": math.sqrt(2 / (128 + 64))}, 0
     for name, p in model.named_parameters():
+        if name.startswith("at_place"):
+            continue
         if p.ndim > 1:
             assert is_std(p, special.pop(name, 0.02)), name
         elif "modulation.linear.bias" in name:  # shift, scale, gate of each sub-layer
@@ -734,8 +769,7 @@ def test_sample_as_many_latents_as_there_are_actions_for(family, variant, T_f):
 
 @pytest.mark.parametrize("drop", ["both", "past", "actions"])
 def test_guidance_goes_from_unconditional_to_conditional(drop):
-    model, (video, actions) = toy_model("flow", drop=drop, past_at_place=True, place_table=True,
-                                        actions_at_place=True), toy_clips("flow")
+    model, (video, actions) = toy_model("flow", drop=drop, at_place=True), toy_clips("flow")
     past = video[:, :, :2]
     X_0 = torch.randn(2, 3, 1, 4, 6, generator=generator())
     no, t = torch.zeros(2, dtype=torch.bool), torch.zeros(1)
@@ -751,8 +785,7 @@ def test_guidance_goes_from_unconditional_to_conditional(drop):
 @pytest.mark.parametrize("which", ["past", "actions"])
 def test_a_dropped_condition_is_gone(which):
     """Of both clips only the second keeps it: the first then does not depend on it, the second does."""
-    model, (video, actions) = toy_model("flow", past_at_place=True, place_table=True,
-                                        actions_at_place=True), toy_clips("flow")
+    model, (video, actions) = toy_model("flow", at_place=True), toy_clips("flow")
     keep, t, X_t = torch.tensor([False, True]), torch.tensor([0.2, 0.7]), video[:, :, 2:]
 
     def velocity(factor):
@@ -775,7 +808,7 @@ def test_conditions_are_dropped_at_the_documented_rate():
 
 @both
 def test_actions_enter_standardised(family):
-    model, (video, actions) = toy_model(family, actions_at_place=True), toy_clips(family)
+    model, (video, actions) = toy_model(family, at_place=True), toy_clips(family)
     draws = toy_draws(model)
     expected = model(video, actions, draws)[0]
     mean, std = torch.arange(A) * 1.0, torch.tensor([2.0, 0.5, 1, 3, 1])

@@ -28,8 +28,8 @@ PAIRS = [(model, variant) for model in ("masked", "flow") for variant in VARIANT
 both = pytest.mark.parametrize("model", ["masked", "flow"])
 
 
-TINY = [(masked_hwm.PRESETS, dict(TOY_PRESET, vocab_size=64)),
-        (flow_hwm.PRESETS, dict(TOY_PRESET, patch=1, past_at_place=True, place_table=True))]
+TINY = [(masked_hwm.PRESETS, dict(TOY_PRESET, vocab_size=64, at_place=True, share_digits=True, levels=(4, 4, 4))),
+        (flow_hwm.PRESETS, dict(TOY_PRESET, patch=1, at_place=True))]
 
 
 @pytest.fixture(autouse=True)
@@ -160,9 +160,9 @@ def test_bad_model_options_are_one_sentence(toy, tmp_path, text, word):
 
 
 def test_model_options(toy, tmp_path):
-    run(toy, tmp_path, "flow", steps=1, set="n_layer=3,t_sampling=logit-normal,place_table=False")
+    run(toy, tmp_path, "flow", steps=1, set="n_layer=3,t_sampling=logit-normal,at_place=False")
     made = read(tmp_path)["model_config"]
-    assert (made["n_layer"], made["t_sampling"], made["place_table"]) == (3, "logit-normal", False)
+    assert (made["n_layer"], made["t_sampling"], made["at_place"]) == (3, "logit-normal", False)
 
 
 def test_flags_are_the_dataclass():
