@@ -37,9 +37,9 @@ import tokenizer as tokenizers
 from blocks import VARIANTS
 from data import FRAMES, DataError, fingerprint, to_uint8
 from flow_hwm import interpolate, target_velocity
-from sample import (MODELS, CheckpointError, add_sampling_flags, change_actions, check_sampling_flags,
-                    compile_blocks, continue_video, load_model, load_tokenizer_for, replace, settings_of, to_latents,
-                    validation_clips)
+from sample import (MODELS, CheckpointError, add_sampling_flags, change_actions, check_fit,
+                    check_sampling_flags, compile_blocks, continue_video, load_model, load_tokenizer_for,
+                    replace, settings_of, to_latents, validation_clips)
 from tokenizer import TokenizerError
 from train import barrier, peak_gb, rank_and_world
 
@@ -327,22 +327,6 @@ def choose_clips(clips, num):
     if len(clips) < 2:
         raise DataError(f"{clips.path} holds one validation clip: a second is needed, for its actions")
     return [apart[i] for i in np.linspace(0, len(apart) - 1, num).round().astype(int)]
-
-
-def check_fit(model, tokenizer, clips, sha256=""):
-    """One sentence, before the work, where model, tokenizer (`sha256`: of its file) and data do not belong
-    together."""
-    c, kind = model.config, "discrete" if hasattr(model.config, "vocab_size") else "continuous"
-    size = clips.shape[1] // tokenizer.spatial if clips.kind == "raw" else clips.shape[-1]
-    if tokenizer.kind != kind:
-        raise TokenizerError(f"the model dreams {kind} latents, but the tokenizer is {tokenizer.kind}: give "
-                             "the model's own with --tokenizer")
-    if clips.kind not in ("raw", kind) or clips.meta.get("tokenizer", {}).get("sha256", sha256) != sha256:
-        raise DataError(f"{clips.path} holds {clips.kind} latents, but the model needs {kind} ones of its "
-                        "own tokenizer, or raw video: give other --data")
-    if size != c.W or clips.action_dim != c.action_dim:
-        raise DataError(f"{clips.path} gives latents of {size} x {size} and {clips.action_dim} actions, the "
-                        f"model was trained on {c.H} x {c.W} and {c.action_dim}: give such --data")
 
 
 @torch.no_grad()

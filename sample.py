@@ -124,6 +124,21 @@ def validation_clips(saved, path="", frames=17):
     raise DataError(f"the data of the checkpoint, {data['path']}, is not there: give a folder with --data")
 
 
+def check_fit(model, tokenizer, clips, sha256=""):
+    """One sentence, before the work, where model, tokenizer (`sha256`: of its file) and data do not belong together."""
+    c, kind = model.config, "discrete" if hasattr(model.config, "vocab_size") else "continuous"
+    size = clips.shape[1] // tokenizer.spatial if clips.kind == "raw" else clips.shape[-1]
+    if tokenizer.kind != kind:
+        raise TokenizerError(f"the model dreams {kind} latents, but the tokenizer is {tokenizer.kind}: give "
+                             "the model's own with --tokenizer")
+    if clips.kind not in ("raw", kind) or clips.meta.get("tokenizer", {}).get("sha256", sha256) != sha256:
+        raise DataError(f"{clips.path} holds {clips.kind} latents, but the model needs {kind} ones of its "
+                        "own tokenizer, or raw video: give other --data")
+    if size != c.W or clips.action_dim != c.action_dim:
+        raise DataError(f"{clips.path} gives latents of {size} x {size} and {clips.action_dim} actions, the "
+                        f"model was trained on {c.H} x {c.W} and {c.action_dim}: give such --data")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Dreaming
 
@@ -403,6 +418,7 @@ def main(argv=None):
         if args.compile:
             compile_blocks(model)
         tokenizer, clips = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer), validation_clips(saved, args.data)
+        check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
         settings = settings_of(saved, args)
         print(f"{saved['config']['model']} {saved['config']['variant']}, step {saved['step']}, on {args.device}: "
               f"{args.num} clips of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")

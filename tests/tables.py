@@ -5,7 +5,7 @@
     python tests/tables.py --defaults                 # the settings that the paper leaves open
 
 Every cell is one of the README's commands; this file only runs them one after the other, skips what is there already, and
-writes the results as Markdown. About ten minutes a model on two cores.
+writes the results as Markdown. About six minutes a model on two cores. Other flags, as --batch 4, are passed on to train.py.
 """
 import argparse
 import json
@@ -23,6 +23,9 @@ PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
+TRAIN = []  # flags that this file does not know go to train.py
+
+
 def run(*argv):
     print("$", " ".join(str(a).replace(sys.executable, "python") for a in argv), flush=True)
     subprocess.run([str(a) for a in argv], check=True, cwd=HERE)
@@ -33,7 +36,7 @@ def trained(out, model, variant, *flags):
     ckpt = f"{out}/ckpt.pt"
     if not os.path.exists(f"{out}/done"):
         resume = ["--resume"] if os.path.exists(ckpt) else []
-        run(*TORCHRUN, f"{HERE}/train.py", "--model", model, "--variant", variant, "--out", out, "--sample_every", 0, *flags, *resume)
+        run(*TORCHRUN, f"{HERE}/train.py", "--model", model, "--variant", variant, "--out", out, "--sample_every", 0, *flags, *TRAIN, *resume)
         open(f"{out}/done", "w").close()
     return ckpt
 
@@ -45,12 +48,10 @@ def scored(ckpt, file, num, *flags):
         return json.load(f)
 
 
-def best_rate(out):
-    """Median clips per second, and the last loss, of a run's log."""
+def peak_of(out):
+    """GB of a training process, from the run's log."""
     with open(f"{out}/log.jsonl") as f:
-        lines = [json.loads(line) for line in f]
-    rates = sorted(line["samples_per_s"] for line in lines)
-    return rates[len(rates) // 2], lines[-1]["peak_gb"]
+        return json.loads(f.readlines()[-1])["peak_gb"]
 
 
 def interval(pair):
@@ -66,23 +67,26 @@ def eight(args):
                 continue
             out = f"{args.out}/{model}_{variant}"
             ckpt = trained(out, model, variant, *steps)
-            columns.append((model, variant, scored(ckpt, f"{out}/scores.json", args.num, *args.inception), *best_rate(out)))
+            columns.append((model, variant, scored(ckpt, f"{out}/scores.json", args.num, *args.inception), peak_of(out)))
     rows = [
-        ("parameters, M", lambda s, *_: f"{s['params'] / 1e6:.2f}"),
-        ("training, clips/s (peak GB a process)", lambda s, rate, gb: f"{rate:.0f} ({gb:.2f})"),
-        ("sampling, clips/s (peak GB)", lambda s, *_: f"{s['samples_per_s']:.1f} ({s['peak_gb']:.2f})"),
+        ("parameters, M", lambda s, _: f"{s['params'] / 1e6:.2f}"),
+        ("peak GB in training (a process), sampling", lambda s, gb: f"{gb:.2f}, {s['peak_gb']:.2f}"),
+        ("samples/s", lambda s, _: f"{s['samples_per_s']:.1f}"),
         ("distance of " + ("Inception features (FID)" if columns[0][2]["fid_features"] == "inception" else
                            "random Inception features (not FID)") + f", N = {columns[0][2]['fid_frames']}",
-         lambda s, *_: f"{s['fid']:.4f}"),
-        ("the same: copy-last; real against real", lambda s, *_: f"{s['fid_copy_last']:.4f}; {s['fid_floor']:.4f}"),
-        ("PSNR, dB", lambda s, *_: f"**{s['psnr']:.2f}** {interval(s['psnr_ci'])}"),
-        ("copy the last frame", lambda s, *_: f"{s['psnr_copy_last']:.2f}"),
-        ("gain over it", lambda s, *_: f"{s['gain_psnr']:.2f} {interval(s['gain_psnr_ci'])}"),
-        ("delta_psnr: true against another clip's actions", lambda s, *_: f"**{s['delta_psnr']:.2f}** {interval(s['delta_psnr_ci'])}"),
-        ("against raw frames; the tokenizer's ceiling", lambda s, *_: f"{s['psnr_raw']:.2f}; {s['psnr_ceiling']:.2f}"),
-        ("cross-entropy, nats (of ln vocabulary)", lambda s, *_: f"{s['cross_entropy']:.2f} ({s['ln_vocab']:.2f})" if "cross_entropy" in s else "-"),
-        ("token accuracy; copy-last's", lambda s, *_: f"{s['token_accuracy']:.3f}; {s['copy_last_token_accuracy']:.3f}" if "token_accuracy" in s else "-"),
-        ("velocity error at t = 0.05, 0.55, 0.95", lambda s, *_: " ".join(f"{s['velocity_error'][i]:.2f}" for i in (0, 5, 9)) if "velocity_error" in s else "-"),
+         lambda s, _: f"{s['fid']:.4f}"),
+        ("the same: copy-last; real against real", lambda s, _: f"{s['fid_copy_last']:.4f}; {s['fid_floor']:.4f}"),
+        ("PSNR, dB", lambda s, _: f"**{s['psnr']:.2f}** {interval(s['psnr_ci'])}"),
+        ("copy the last frame", lambda s, _: f"{s['psnr_copy_last']:.2f}"),
+        ("gain over it", lambda s, _: f"{s['gain_psnr']:.2f} {interval(s['gain_psnr_ci'])}"),
+        ("delta_psnr: true against another clip's actions", lambda s, _: f"**{s['delta_psnr']:.2f}** {interval(s['delta_psnr_ci'])}"),
+        ("against raw frames; the tokenizer's ceiling", lambda s, _: f"{s['psnr_raw']:.2f}; {s['psnr_ceiling']:.2f}"),
+        ("cross-entropy, nats (of ln vocabulary)",
+         lambda s, _: f"{s['cross_entropy']:.2f} ({s['ln_vocab']:.2f})" if "cross_entropy" in s else "-"),
+        ("token accuracy; copy-last's",
+         lambda s, _: f"{s['token_accuracy']:.3f}; {s['copy_last_token_accuracy']:.3f}" if "token_accuracy" in s else "-"),
+        ("velocity error at t = 0.05, 0.55, 0.95",
+         lambda s, _: " ".join(f"{s['velocity_error'][i]:.2f}" for i in (0, 5, 9)) if "velocity_error" in s else "-"),
     ]
     lines = ["| | " + " | ".join(f"{m} {v}" for m, v, *_ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(f(*c[2:]) for c in columns) + " |" for name, f in rows]
@@ -128,7 +132,7 @@ def main():
     p.add_argument("--only", default="", help="some of the eight, as in masked:base,flow:full")
     p.add_argument("--inception", default="", help="as of evaluate.py")
     p.add_argument("--defaults", action="store_true", help="the table of defaults in place of that of the eight models")
-    args = p.parse_args()
+    args, TRAIN[:] = p.parse_known_args()
     args.inception = ["--inception", args.inception] if args.inception else []
     text = (defaults if args.defaults else eight)(args)
     os.makedirs(f"{HERE}/{args.out}", exist_ok=True)

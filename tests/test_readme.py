@@ -22,7 +22,7 @@ TOY = {  # what is added to a command; argparse takes the last of a flag that is
     "data.py encode": "--size 32",
     "tokenizer.py train": "--steps 2 --batch 2 --eval_every 2",
     "tokenizer.py check": "--num 2",
-    "tests/tables.py": "--only masked:base --steps 2 --num 2 --inception random",
+    "tests/tables.py": "--only masked:base --steps 2 --num 4 --inception random --frames 340 --batch 4",
     "tests/bench.py": "--preset tiny --batch 1 --repeat 1 --frame_size 32",
 }
 
