@@ -979,8 +979,8 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
              **{key: getattr(tokenizer, key) for key in ("kind", "spatial", "temporal")}}
     width = "vocab_size" if tokenizer.kind == "discrete" else "channels"
     about[width] = getattr(tokenizer, width)
-    if tokenizer.kind == "discrete":
-        about["levels"] = list(tokenizer.config.levels)
+    if getattr(tokenizer, "levels", ()):
+        about["levels"] = list(tokenizer.levels)
     for split in split_folders(data):
         if split in splits:
             clips = open_clips(data, split, stride=stride, size=size, frame_stride=frame_stride)

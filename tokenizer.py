@@ -337,7 +337,7 @@ class Tokenizer(nn.Module):
             raise TokenizerError(f"compression {self.temporal}x{self.spatial}x{self.spatial} cannot be built from patches of "
                                  f"{c.patch_size} and {len(c.channels_mult)} levels: use temporal 4 or 8, spatial 4, 8 or 16")
         if c.levels:
-            self.fsq, self.vocab_size, code_channels = FSQ(c.levels), math.prod(c.levels), len(c.levels)
+            self.fsq, self.levels, self.vocab_size, code_channels = FSQ(c.levels), tuple(c.levels), math.prod(c.levels), len(c.levels)
         else:
             self.channels = code_channels = c.latent_channels
         self.encoder, self.quant_conv = Encoder(c), pointwise(c.z_channels, code_channels)
