@@ -601,3 +601,17 @@ def test_a_start_that_does_not_fit_is_one_sentence(tmp_path, change, word):
     config = TokenizerConfig(**{**vars(small("continuous", latent_channels=6, z_channels=6).config), **change})
     with pytest.raises(TokenizerError, match=word):
         tok.start_from(Tokenizer(config), str(tmp_path / "old.pt"), clip())
+
+
+def test_tokens_of_the_shipped_tokenizer_survive_a_trip_through_video():
+    """tokens -> video -> tokens: most ids come back, and nearly all digits are those of before."""
+    import data
+    file = os.path.join(os.path.dirname(os.path.abspath(tok.__file__)), "weights", "tokenizer_dv_tiny.pt")
+    tokenizer = load_tokenizer(file)
+    video = torch.stack([torch.from_numpy(data.robot_episode(900 + i, 17)[0]) for i in range(4)])
+    with torch.no_grad():
+        ids = tokenizer.encode(data.to_video(video))
+        again = tokenizer.encode(data.to_video(data.to_uint8(tokenizer.decode(ids))))
+    before, after = (tokenizer.fsq.ids_to_codes(x) for x in (ids, again))
+    assert (ids == again).float().mean() > 0.5 and (before == after).float().mean() > 0.85
+    assert tok.psnr(tokenizer.decode(ids), data.to_video(video)) > 26
