@@ -28,12 +28,14 @@ TOY = {  # what is added to a command; argparse takes the last of a flag that is
 
 
 def commands():
-    """Commands of the README: indented lines, and those within `...` in tables and text."""
-    found = []
-    for line in (MAIN / "README.md").read_text().splitlines():
-        pieces = [line.strip()] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
-        found += [re.sub(r"\s+#.*", "", p) for p in pieces if p.startswith(STARTS)]
-    return list(dict.fromkeys(found))
+    """Commands of the README in the order to be run in: the indented lines, then those within `...` in tables and text, of
+    which some need what the lines have made. `torchrun --max-restarts` and the like are words, not commands."""
+    lines = (MAIN / "README.md").read_text().splitlines()
+    found = [line.strip() for line in lines if line.startswith("    ")]
+    found += [piece for line in lines if not line.startswith("    ") for piece in re.findall(r"`([^`]+)`", line)]
+    found = [re.sub(r"\s+#.*", "", command) for command in found]
+    return list(dict.fromkeys(c for c in found if c.startswith(STARTS) and (".py" in c or not c.startswith(("python", "torchrun")))
+                              or c.startswith("python -m")))
 
 
 COMMANDS = commands()
