@@ -912,7 +912,7 @@ def synth(out, frames=20_000, size=64, seed=0, splits=("train", "val"), episode=
                 folder, share, size, episode, first_seed, os.getpid())) for share in shares]
         for job in jobs:
             job.start()
-        with tqdm(total=total, unit="frame", desc=f"drawing {split}", disable=not progress) as bar:
+        with tqdm(total=total, unit="frame", desc=f"drawing {split}", disable=not progress or not todo) as bar:
             while any(job.is_alive() for job in jobs):
                 time.sleep(0.1)
                 bar.update(sum(n for i, n in shards if os.path.exists(shard_files(folder, i, "")[3])) - bar.n)
@@ -1012,7 +1012,7 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
     check_disk(folder, sum(len(shards[j]) for j in missing()) * (clip_bytes + state_bytes + 4 * FRAMES))
     mine = [j for j in missing() if j % world == rank]
     with tqdm(total=sum(len(shards[j]) for j in mine), unit="clip", desc=f"encoding {folder}",
-              disable=rank > 0 or not progress) as bar:
+              disable=rank > 0 or not progress or not mine) as bar:
         for j in mine:
             latents, actions = [], []
             for a in range(0, len(shards[j]), batch):

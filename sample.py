@@ -363,7 +363,10 @@ def export(saved, file):
 
 
 def settings_of(saved, args):
-    """The sampler's settings: the preset's, replaced by what was asked for."""
+    """The sampler's settings: the preset's, replaced by what was asked for; what the other model has is refused."""
+    for name in {"masked": ("cfg", "method"), "flow": ("temperature", "order")}[saved["config"]["model"]]:
+        if getattr(args, name) is not None:
+            raise DataError(f"--{name} means nothing to a {saved['config']['model']} model: leave it out")
     settings = dict(SAMPLING[saved["config"]["preset"], saved["config"]["model"]])
     asked = {"masked": {"K": args.steps, "temperature": args.temperature, "order": args.order},
              "flow": {"steps": args.steps, "cfg": args.cfg, "method": args.method}}

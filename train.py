@@ -2,7 +2,7 @@
 
     python train.py --model flow --variant full                                # laptop, the built-in robot
     torchrun --nproc_per_node=2 train.py --model flow --variant full           # the same on two processes
-    torchrun --nproc_per_node=2 train.py --model masked --variant base --data 1x/tokens     # the paper, on two GPUs
+    python train.py --model masked --variant base --preset paper --data 1x     # the paper's, on a GPU
 
 With no data it draws the built-in robot, encodes it with the shipped tokenizer, and trains the `tiny` preset; with a
 1X folder and a GPU it trains the paper's model. OUT receives ckpt.pt (replaced atomically), log.jsonl, loss.png and samples/*.gif.
@@ -41,8 +41,8 @@ from tokenizer import TokenizerError
 
 @dataclass
 class TrainConfig:
-    model: str = "flow"  # masked or flow
-    variant: str = "full"  # base, split, modality or full
+    model: str = ""  # masked or flow
+    variant: str = ""  # base, split, modality or full
     preset: str = "auto"  # tiny, paper, or auto: paper where a CUDA device and a 1X data folder are found, else tiny
     set: str = ""  # other sizes or options of the model, as in n_layer=8,width=256 or t_sampling=logit-normal,drop=actions
     data: str = ""  # folder of tokens, latents or raw video; default: the built-in robot in data/robot
@@ -69,11 +69,11 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 500
     keep: int = 0  # of the last checkpoints that are also kept as ckpt_STEP.pt, beside ckpt.pt and ckpt_previous.pt
-    sample_every: int = 1000  # steps between sample GIFs; 0: only at the end
+    sample_every: int = 1000  # steps between sample GIFs; 0: only at the end, -1: never
     frames: int = 20_000  # of the built-in robot, drawn when it is missing
 
 
-PRESETS = {  # Sec. 3.1 and 3.2 for `paper`; `tiny` is measured for a quarter of an hour on two cores
+PRESETS = {  # Sec. 3.1 and 3.2 for `paper`; `tiny` takes six minutes on two cores
     ("paper", "masked"): dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear"),
     ("paper", "flow"): dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine"),
     ("tiny", "masked"): dict(steps=1400, batch=8, lr=2e-3, warmup=50, decay="cosine"),
@@ -326,6 +326,7 @@ def settle(config, say):
     for name, value in PRESETS[config.preset, config.model].items():
         if getattr(config, name) == getattr(TrainConfig, name):  # not given
             setattr(config, name, value)
+    check_numbers(config)
     config.out = os.path.normpath(config.out or f"out/{config.model}_{config.variant}")
     _, world = rank_and_world()
     if config.batch % (world * max(config.accum, 1)):
@@ -345,7 +346,7 @@ def model_config(config, clips):
     _, Config, presets = MODELS[config.model]
     chosen = dict(presets[config.preset], variant=config.variant, action_dim=clips.action_dim,
                   checkpoint_activations=config.checkpoint_activations)
-    chosen.update(model_options(config.set, Config))
+    chosen.update(model_options(config))
     shape, tokenizer = clips.shape, clips.meta.get("tokenizer", {})
     chosen.update(H=shape[-2], W=shape[-1], temporal=tokenizer.get("temporal", 8))
     chosen["T_p"] = 1 + (9 - 1) // chosen["temporal"]
@@ -360,19 +361,33 @@ def model_config(config, clips):
     return Config(**chosen)
 
 
-def model_options(text, Config):
-    """"n_layer=8,drop=actions" -> {"n_layer": 8, "drop": "actions"}, by the types of the configuration's fields."""
-    defaults, chosen = asdict(Config()), {}
+def check_numbers(config):
+    """Before the work: numbers that make no sense."""
+    lowest = {"steps": 1, "batch": 1, "accum": 0, "lr": 0, "warmup": 0, "weight_decay": 0, "grad_clip": 0, "ema": 0, "seed": 0,
+              "keep": 0, "stop_after": 0, "workers": 0, "log_every": 1, "save_every": 1, "sample_every": -1, "frames": 1}
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        if not low <= value < math.inf or (name in ("lr", "grad_clip") and value == 0) or (name == "ema" and value >= 1):
+            raise DataError(f"--{name} {value} makes no sense: give {'more than' if name in ('lr', 'grad_clip') else 'at least'} {low}"
+                            f"{' and less than 1' if name == 'ema' else ''}")
+
+
+def model_options(config):
+    """--set: "n_layer=8,drop=actions" -> {"n_layer": 8, "drop": "actions"}, by the types of the configuration's fields."""
+    _, Config, presets = MODELS[config.model]
+    text, defaults, chosen = config.set, asdict(Config(**presets[config.preset])), {}
     words = {"t_sampling": ("uniform", "logit-normal"), "drop": ("actions", "past", "both"), "variant": VARIANTS}
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
-        kind = type(defaults.get(name))
+        if name not in defaults:
+            raise DataError(f"--set {item}: there is no {name or 'option without a name'}; the options are {', '.join(defaults)}")
+        kind = type(defaults[name])
         try:
             chosen[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
             if value not in words.get(name, [value]) or kind is int and chosen[name] < 1:
                 raise ValueError
         except (KeyError, ValueError, TypeError):
-            raise DataError(f"--set {item} is not understood: give {', '.join(f'{k}={v}' for k, v in defaults.items())}") from None
+            raise DataError(f"--set {item}: {name} takes {' or '.join(words.get(name, [f'a {kind.__name__} as {defaults[name]}']))}") from None
     width, n_head = (chosen.get(k, defaults[k]) for k in ("width", "n_head"))
     if ("width" in chosen or "n_head" in chosen) and width % (2 * n_head):
         raise DataError(f"--set {text}: the width {width} cannot be divided into {n_head} heads of an even size; give both")
@@ -406,6 +421,7 @@ def train(config):
 
     # what to train on, and what to train
     settle(config, say)
+    model_options(config)
     folder, tokenizer_path = prepare_data(config, say)
     clips = open_clips(folder, "train")
     sizes = model_config(config, clips)
@@ -535,7 +551,7 @@ def train(config):
             start, waited, logged = time.perf_counter(), 0.0, step
         if step % config.save_every == 0 or interrupted or done:
             save_checkpoint(file, model, optimizer, ema, step, config, about)
-        if (config.sample_every and step % config.sample_every == 0) or done:
+        if (config.sample_every > 0 and step % config.sample_every == 0) or (done and config.sample_every >= 0):
             show(config, about, sizes, ema, folder, step, device)
         if interrupted:
             bar.close()
@@ -592,7 +608,7 @@ def main(argv=None):
     try:
         train(config)
     except (DataError, TokenizerError, CheckpointError) as e:
-        sys.exit(f"train.py: {e}")
+        sys.exit(f"train.py: {e}" if rank_and_world()[0] == 0 else 1)
     except OSError as e:  # what was renamed is whole, what was not is beside it
         sys.exit(f"train.py: {e.filename or config.out}: {e.strerror}; checkpoints on disk are whole, go on with --resume")
 

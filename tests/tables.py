@@ -116,7 +116,7 @@ def defaults(args):
             line("masked: order, K", f"{order}, {K}", base["masked"], "--order", order, "--steps", K)
     for T in (0.0, 0.5, 1.0):
         line("masked: temperature", T, base["masked"], "--temperature", T)
-    for option in ("", "t_sampling=logit-normal", "drop=actions", "drop=past", "p_drop=0"):  # these are trained for it, each alike
+    for option in [] if not args.option_steps else ("", "t_sampling=logit-normal", "drop=actions", "drop=past", "p_drop=0"):  # these are trained for it, each alike
         ckpt = trained(f"{args.out}/option_{option or 'none'}", "flow", "full", "--steps", args.option_steps, "--set", option)
         for cfg in (1.0,) if option.startswith(("t_", "p_")) else (1.0, 1.5, 2.0):
             line(f"flow, {args.option_steps} steps: " + (option or "as it is"), f"guidance {cfg}", ckpt, "--cfg", cfg)
@@ -127,7 +127,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/tables")
     p.add_argument("--steps", type=int, default=0, help="of training, for every model; default: the preset's")
-    p.add_argument("--option_steps", type=int, default=400, help="of training, for the choices that need a training of their own")
+    p.add_argument("--option_steps", type=int, default=400, help="of training, for the choices that need a training of their own; 0: leave these out")
     p.add_argument("--num", type=int, default=64, help="validation clips")
     p.add_argument("--only", default="", help="some of the eight, as in masked:base,flow:full")
     p.add_argument("--inception", default="", help="as of evaluate.py")

@@ -2,6 +2,7 @@
 import functools
 import importlib.util
 import pathlib
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,6 +100,8 @@ def test_every_exercise_is_in_the_table():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_fails_as_given(file):
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", file], cwd=FOLDER, capture_output=True).returncode == 1:
+        pytest.skip(f"{file.name} is not as it was given any more: solved? `git checkout tests/exercises` brings it back")
     with pytest.raises(AssertionError):
         load(file)()
 

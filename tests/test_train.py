@@ -153,7 +153,21 @@ def test_micro_batches_by_themselves(toy, monkeypatch):
         assert c.accum == accum and c.checkpoint_activations == (not gpu)
 
 
-@pytest.mark.parametrize("text, word", [("n_layer", "n_layer"), ("colour=3", "colour"), ("n_layer=-1", "n_layer"), ("drop=most", "drop"),
+@pytest.mark.parametrize("name, value", [("steps", -5), ("lr", -1), ("lr", float("nan")), ("batch", -2), ("ema", 1.0), ("log_every", 0),
+                                         ("save_every", 0), ("weight_decay", -0.1), ("grad_clip", -1), ("accum", -1)])
+def test_bad_numbers_are_one_sentence_before_any_work(tmp_path, monkeypatch, name, value):
+    monkeypatch.chdir(tmp_path)
+    said = ends(training.main, "--model", "flow", "--variant", "full", "--preset", "tiny", f"--{name}", value)
+    assert f"--{name} {value}" in said and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("model, flag, value", [("flow", "temperature", 0.5), ("flow", "order", "confidence"), ("masked", "cfg", 2.0),
+                                                ("masked", "method", "midpoint")])
+def test_flags_of_the_other_model_are_refused(trained, tmp_path, model, flag, value):
+    assert f"--{flag}" in ends(sample.main, "--ckpt", f"{trained[model]}/ckpt.pt", "--out", tmp_path, f"--{flag}", value)
+
+
+@pytest.mark.parametrize("text, word", [("n_layer", "n_layer"), ("n_layer=abc", "int"), ("n_head=7", "width 24"), ("colour=3", "colour"), ("n_layer=-1", "n_layer"), ("drop=most", "drop"),
                                         ("width=30,n_head=4", "heads")])
 def test_bad_model_options_are_one_sentence(toy, tmp_path, text, word):
     assert word in ends(training.main, *flags(toy, tmp_path, "flow", set=text))

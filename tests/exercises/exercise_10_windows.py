@@ -1,7 +1,8 @@
-"""Exercise 10: windows. The project's own: data.Clips, _read_segments.
+"""Exercise 10: windows. The project's own: data.Clips._lay_windows, with data.Clips.segment.
 
 A clip must not jump from one recording to another. It is cheap to compare its first frame's segment with its last one's, and
-nearly always right. Recordings that were cut and joined again are the rest.
+nearly always right: until a recording is cut and joined again, and its segment id comes back. (The project's line looks just like this
+one, but its `segment` is the number of the uninterrupted run, not the id in the file: every change of id begins a new run.)
 """
 import numpy as np
 
