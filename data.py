@@ -1001,7 +1001,8 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
     clip_bytes, state_bytes = math.prod(shape) * np.dtype(dtype).itemsize, 4 * FRAMES * clips.action_dim
     layout = {"source": os.path.abspath(clips.path), "size": size, "stride": stride,
               "frame_stride": clips.frame_stride, **{k: clips.meta[k] for k in ("robot",) if k in clips.meta}}
-    claim(folder, {**layout, "clips": len(clips), "batch": batch, "tokenizer_sha256": about["sha256"]})
+    claim(folder, {**layout, "clips": len(clips), "batch": batch, "tokenizer_sha256": about["sha256"],
+                   "source": os.path.relpath(clips.path, folder)})     # both may move together
 
     shards = [range(a, min(a + CLIPS_PER_SHARD, len(clips))) for a in range(0, len(clips), CLIPS_PER_SHARD)]
 

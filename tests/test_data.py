@@ -368,6 +368,20 @@ def test_encode_survives_kill_9_and_two_ranks(tmp_path, fake):
     assert len(data.open_clips(whole)) == len(data.open_clips(tmp_path / "raw", stride=2))
 
 
+def test_a_cache_may_move_with_its_source(tmp_path, fake, monkeypatch):
+    """The project's folder renamed: the cache is still that of the data beside it; other data are still refused."""
+    raw_split(tmp_path / "a/raw/train_v2.0")
+    data.encode(str(tmp_path / "a/raw"), str(fake / "discrete"), str(tmp_path / "a/out"))
+    before = tree(tmp_path / "a/out")
+    os.rename(tmp_path / "a", tmp_path / "b")
+    data.encode(str(tmp_path / "b/raw"), str(fake / "discrete"), str(tmp_path / "b/out"))
+    after = tree(tmp_path / "b/out")
+    assert {name for name in before if after[name] != before[name]} <= {"train_v2.0/metadata.json"}  # it names the source
+    os.rename(tmp_path / "b/raw", tmp_path / "b/other")
+    with pytest.raises(data.DataError, match="source = '../../raw/train_v2.0'"):
+        data.encode(str(tmp_path / "b/other"), str(fake / "discrete"), str(tmp_path / "b/out"))
+
+
 def encode_message(tmp_path, fake, *options, tokenizer="discrete"):
     with pytest.raises(SystemExit) as e:
         data.main(["encode", "--data", str(tmp_path / "raw"), "--tokenizer", str(fake / tokenizer),
