@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 VARIANTS = ("split", "base", "modality", "full")
 SHARING = {  # which weight set serves v_p, v_f, a_p, a_f
@@ -141,6 +142,21 @@ class AtPlace(nn.Module):
 class MLP(nn.Sequential):
     def __init__(self, D, hidden):
         super().__init__(nn.Linear(D, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, D))
+
+
+PRODUCTS = [getattr(torch.ops.aten, name).default for name in (
+    "mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")]
+
+
+def run_block(block, keep, x, *args):
+    """block(x, *args). Between the forward and the backward pass a block holds all that its gradient needs; with `keep`
+    it holds less and computes the rest again: "products" holds what was expensive, matrix products and attentions, and
+    does norms, rotations and GELUs twice; "inputs" holds x alone and does everything twice."""
+    if not keep or not torch.is_grad_enabled():
+        return block(x, *args)
+    contexts = {"context_fn": lambda: create_selective_checkpoint_contexts(PRODUCTS)} if keep == "products" else {}
+    return checkpoint(block, x, *args, use_reentrant=False, **contexts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

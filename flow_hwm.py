@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from einops import rearrange
-from torch.utils.checkpoint import checkpoint
 
-from blocks import AtPlace, FlowBlock, Layout, Modulate, Modulation, axis_dims, layer_variants, modulate, rope_table
+from blocks import AtPlace, FlowBlock, Layout, Modulate, Modulation, axis_dims, layer_variants, modulate, rope_table, run_block
 
 
 @dataclass
@@ -44,7 +43,7 @@ class FlowConfig:
     p_drop: float = 0.15  # how often conditions are dropped in training, for guidance
     drop: str = "both"  # which: actions, past, or both
     at_place: bool = False  # give video tokens a vector of their place, and future ones blocks.AtPlace
-    checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    checkpoint_activations: str = ""  # hold less for the backward pass, see blocks.run_block: products, or inputs
 
 
 PRESETS = {
@@ -165,10 +164,7 @@ class FlowHWM(nn.Module):
             x = x + self.at_place(p[:, -layout.S :], a_f, layout)
         x, rope = torch.cat([p, x, a], dim=1), self.rope(layout, X_t.device)  # (B, N, D): v_p, v_f, a_p, a_f
         for block in self.blocks:
-            if c.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, time, layout, rope, use_reentrant=False)
-            else:
-                x = block(x, time, layout, rope)
+            x = run_block(block, self.config.checkpoint_activations, x, time, layout, rope)
         shift, scale = self.modulation(time)[:, None].chunk(2, dim=-1)  # of the final layer
         return self.unpatchify(self.out(modulate(x, Modulation(shift, scale, gate=None))))
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from blocks import AtPlace, Layout, MaskedBlock, Rope, layer_variants, masked_rope
+from blocks import AtPlace, Layout, MaskedBlock, Rope, layer_variants, masked_rope, run_block
 
 
 @dataclass
@@ -42,7 +41,7 @@ class MaskedConfig:
     at_place: bool = False  # give future tokens blocks.AtPlace
     share_digits: bool = False  # ids that agree in a digit of `levels` share a part of their vectors (DigitTable)
     levels: tuple = ()  # of the tokenizer's FSQ, if share_digits
-    checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    checkpoint_activations: str = ""  # hold less for the backward pass, see blocks.run_block: products, or inputs
 
 
 PRESETS = {
@@ -135,10 +134,7 @@ class MaskedHWM(nn.Module):
             x = torch.cat([v_p, v_f], dim=1)
         x = torch.cat([x, a], dim=1)  # (B, N, D) in the order v_p, v_f, a_p, a_f
         for block in self.blocks:
-            if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, rope, use_reentrant=False)
-            else:
-                x = block(x, layout, rope)
+            x = run_block(block, self.config.checkpoint_activations, x, layout, rope)
         return self.norm_out(x)
 
     def rope(self, layout, device):
@@ -243,21 +239,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, weight, bias, targets, chunk=512):
         work = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
         w, total = weight.to(work), h.new_zeros((), dtype=torch.float32)
-        need = any(ctx.needs_input_grad)
+        need = ctx.needs_input_grad[0]  # not where nobody will ask for a gradient
         grad_h = torch.zeros_like(h) if need else None
         grad_w, grad_b = (torch.zeros_like(p, dtype=torch.float32) if need else None for p in (weight, bias))
         for rows in range(0, len(h), chunk):
             x, y = h[rows : rows + chunk].to(work), targets[rows : rows + chunk, None]
-            logits = (x @ w.t()).float() + bias
-            log_z = logits.logsumexp(-1, keepdim=True)
-            total = total + (log_z - logits.gather(1, y)).sum()
+            e = (x @ w.t()).float().add_(bias)  # logits; from here on, in place, what becomes of them
+            largest = e.amax(-1, keepdim=True)
+            target = e.gather(1, y)
+            z = e.sub_(largest).exp_().sum(-1, keepdim=True)
+            total = total + (z.log() + largest - target).sum()
             if need:
-                p = logits.sub_(log_z).exp_()  # softmax; its difference to the one-hot target is the gradient
+                p = e.div_(z)  # softmax; its difference to the one-hot target is the gradient
                 p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
                 grad_b += p.sum(0)
                 p = p.to(work)
                 grad_h[rows : rows + chunk] = (p @ w).to(h.dtype)
-                grad_w += p.t() @ x
+                grad_w.addmm_(p.t(), x) if work == torch.float32 else grad_w.add_(p.t() @ x)
         if need:
             ctx.save_for_backward(grad_h, grad_w.to(weight.dtype), grad_b.to(bias.dtype))
         return total

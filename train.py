@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from blocks import VARIANTS
@@ -60,12 +60,12 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "auto"  # float32, bfloat16, or auto: whichever this machine multiplies faster
     compile: bool = False  # torch.compile the blocks
-    checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    checkpoint_activations: str = ""  # hold less for the backward pass: products, or (the flag alone) inputs of the blocks
     shard: bool = False  # FSDP2: parameters, gradients and optimiser divided among the processes
     encode: bool = False  # allow encoding a raw --data folder into DATA_discrete or DATA_continuous first
     resume: bool = False  # continue OUT/ckpt.pt
     stop_after: int = 0  # end after this step as if interrupted; the schedule stays that of --steps
-    workers: int = 0  # processes that load data ahead
+    workers: int = -1  # processes that load data ahead; -1: four on a GPU, none on a CPU, whose cores are busy already
     log_every: int = 20
     save_every: int = 500
     keep: int = 0  # of the last checkpoints that are also kept as ckpt_STEP.pt, beside ckpt.pt and ckpt_previous.pt
@@ -207,6 +207,21 @@ def faster_dtype(kind, device):
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
 
 
+def deaf(_):
+    """For processes that load data: Ctrl-C reaches them, too, but whether to stop is the trainer's to say."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+
+
+def count_flops(f):
+    """Floating point operations of the matrix products and attentions of f(), run as it is written and without gradients."""
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # which torch's counter leaves out
+              lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=on_cpu) as counter, torch.no_grad():
+        f()
+    return counter.get_total_flops()
+
+
 def learning_rate(config, step):
     """Of the update that makes step -> step + 1; zero would be that of update number `steps`."""
     if step < config.warmup:
@@ -337,8 +352,8 @@ def settle(config, say):
         most = 1 if config.preset == "paper" and not has_gpu else most
         config.accum = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
     if config.preset == "paper" and not has_gpu and not config.checkpoint_activations:
-        config.checkpoint_activations = True
-        say("no GPU: one clip at a time, and blocks are computed again in the backward pass (--checkpoint_activations)")
+        config.checkpoint_activations = "products"
+        say("no GPU: one clip at a time, holding no more than --checkpoint_activations products")
 
 
 def model_config(config, clips):
@@ -364,7 +379,7 @@ def model_config(config, clips):
 def check_numbers(config):
     """Before the work: numbers that make no sense."""
     lowest = {"steps": 1, "batch": 1, "accum": 0, "lr": 0, "warmup": 0, "weight_decay": 0, "grad_clip": 0, "ema": 0, "seed": 0,
-              "keep": 0, "stop_after": 0, "workers": 0, "log_every": 1, "save_every": 1, "sample_every": -1, "frames": 1}
+              "keep": 0, "stop_after": 0, "workers": -1, "log_every": 1, "save_every": 1, "sample_every": -1, "frames": 1}
     for name, low in lowest.items():
         value = getattr(config, name)
         if not low <= value < math.inf or (name in ("lr", "grad_clip") and value == 0) or (name == "ema" and value >= 1):
@@ -481,8 +496,9 @@ def train(config):
         f"{config.batch} clips on {world} x {kind}, {config.dtype}, to {config.out}")
 
     stream = Stream(clips, model.draw, config.seed)
-    loader = iter(DataLoader(stream, batch_sampler=positions(config, step, rank, world), num_workers=config.workers,
-                             pin_memory=kind == "cuda"))
+    workers = config.workers if config.workers >= 0 else 4 if kind == "cuda" else 0
+    loader = iter(DataLoader(stream, batch_sampler=positions(config, step, rank, world), num_workers=workers,
+                             pin_memory=kind == "cuda", worker_init_fn=deaf))
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda *_: stop.append(True))
@@ -504,10 +520,9 @@ def train(config):
             final = m == config.accum - 1
             if config.shard:
                 model.set_requires_gradient_sync(final)
-            if not flops and not config.compile:  # aside, for counting would change the order of sums in backward
-                with FlopCounterMode(display=False) as counter, torch.no_grad(), autocast:
-                    model(video, action, draws)
-                flops = 3 * counter.get_total_flops() / len(video)  # backward is twice the forward
+            if not flops:  # aside, for counting would change the order of sums in backward
+                with autocast:
+                    flops = 3 * count_flops(lambda: model(video, action, draws)) / len(video)  # backward is twice the forward
             wait = isinstance(runner, DistributedDataParallel) and not final  # for the last micro-batch, to sum once
             with runner.no_sync() if wait else contextlib.nullcontext():
                 with autocast:
@@ -591,15 +606,17 @@ def comments(cls):
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = {"model": list(MODELS), "variant": list(VARIANTS), "preset": ["auto", "tiny", "paper"],
-               "dtype": ["auto", "float32", "bfloat16"], "decay": ["", "linear", "cosine"]}
+               "dtype": ["auto", "float32", "bfloat16"], "decay": ["", "linear", "cosine"],
+               "checkpoint_activations": ["products", "inputs"]}
     helps = comments(TrainConfig)
     for f in fields(TrainConfig):
         text = helps.get(f.name, "") + (f" (default {f.default})" if f.default not in ("", 0, -1, False) else "")
         if f.type in (bool, "bool"):
             p.add_argument(f"--{f.name}", action="store_true", help=text)
         else:
+            alone = dict(nargs="?", const="inputs") if f.name == "checkpoint_activations" else {}
             p.add_argument(f"--{f.name}", type=type(f.default), default=f.default, choices=choices.get(f.name), help=text,
-                           metavar=None if f.name in choices else f.name.upper(), required=f.name in ("model", "variant"))
+                           metavar=None if f.name in choices else f.name.upper(), required=f.name in ("model", "variant"), **alone)
     return TrainConfig(**vars(p.parse_args(argv)))
 
 

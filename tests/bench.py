@@ -8,7 +8,7 @@
 
 Every part runs in a process of its own (so that its peak memory is its own), and first measures the machine's rate of a 2048-cube
 matrix product in the same number type: fractions are of that. Weights are random; times are medians. GFLOP are counted in
-the forward pass by torch's FlopCounterMode, and tripled for a training step.
+the forward pass (matrix products and attentions), and tripled for a training step.
 """
 import argparse
 import json
@@ -23,11 +23,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 from blocks import VARIANTS
 from sample import MODELS, SAMPLING
-from train import Stream, faster_dtype, positions, TrainConfig
+from train import Stream, TrainConfig, count_flops, faster_dtype, positions
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -85,20 +84,12 @@ def build(args):
     return model, video, actions, draws
 
 
-def flops_of(f):
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        f()
-    return counter.get_total_flops()
-
-
 def train_part(args, dtype):
     model, video, actions, draws = build(args)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     autocast = lambda: torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype != torch.float32)
-    flops = 0
-    if not args.compile:
-        with autocast():
-            flops = 3 * flops_of(lambda: model(video, actions, draws))
+    with autocast():
+        flops = 3 * count_flops(lambda: model(video, actions, draws))
     loss = []
 
     def forward():
@@ -121,8 +112,7 @@ def train_part(args, dtype):
     found.update(step_s=seconds(step, args.repeat), forward_backward_s=two, forward_s=seconds(forward, args.repeat),
                  peak_gb=peak_gb())
     found["samples_per_s"] = args.batch / found["step_s"]
-    if flops:
-        found.update(gflop=flops / 1e9, gflop_per_s=flops / found["step_s"] / 1e9, forward_gflop_per_s=flops / 3e9 / found["forward_s"])
+    found.update(gflop=flops / 1e9, gflop_per_s=flops / found["step_s"] / 1e9, forward_gflop_per_s=flops / 3e9 / found["forward_s"])
     if args.data:
         found["data_wait"] = data_wait(args, model, step)
     return found
@@ -159,16 +149,15 @@ def sample_part(args, dtype):
     if args.model == "masked":
         taken = seconds(run, args.repeat)
         found = {"sample_s": taken, "settings": settings}
-        flops = 0 if args.compile else flops_of(run)
+        flops = count_flops(run)
     else:  # all steps are alike: time one, and say so
         call = seconds(lambda: run(1), args.repeat)
         settings["cfg"], guided = 1.0, call
         call = seconds(lambda: run(1), args.repeat)
         found = {"guided_step_s": guided, "model_call_s": call, "sample_s": steps * guided, "settings": dict(steps=steps)}
-        flops = 0 if args.compile else flops_of(lambda: run(1))
+        flops = count_flops(lambda: run(1))
         taken = call
-    if flops:
-        found.update(gflop=flops / 1e9, gflop_per_s=flops / taken / 1e9)
+    found.update(gflop=flops / 1e9, gflop_per_s=flops / taken / 1e9)
     return dict(found, samples_per_s=args.batch / found["sample_s"], peak_gb=peak_gb())
 
 
@@ -183,7 +172,7 @@ def tokenizer_part(args, dtype):
         z = tokenizer.encode(video)
         for what, f in (("encode", lambda: tokenizer.encode(video)), ("decode", lambda: tokenizer.decode(z))):
             taken = seconds(f, args.repeat)
-            found[f"{name}_{what}_s"], found[f"{name}_{what}_gflop_per_s"] = taken, flops_of(f) / taken / 1e9
+            found[f"{name}_{what}_s"], found[f"{name}_{what}_gflop_per_s"] = taken, count_flops(f) / taken / 1e9
     return dict(found, peak_gb=peak_gb())
 
 
@@ -238,8 +227,8 @@ def main():
     p.add_argument("--preset", choices=["tiny", "paper"], default="tiny")
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks (no FLOP count then)")
-    p.add_argument("--checkpoint_activations", action="store_true")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    p.add_argument("--checkpoint_activations", nargs="?", const="inputs", default="", choices=["products", "inputs"])
     p.add_argument("--part", choices=["train", "sample", "both", "tokenizer", "curves"], default="both")
     p.add_argument("--repeat", type=int, default=3)
     p.add_argument("--data", default="", help="data folder: also measure the share of waiting for it")

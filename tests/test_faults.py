@@ -149,6 +149,21 @@ def test_a_signal_to_torchrun_loses_no_step(runs, straight):
     assert course(runs.log("signal")) == straight
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_with_data_workers(runs, straight, processes):
+    """Ctrl-C in a terminal reaches every process of the group, those that load data too: the step is saved all the same."""
+    name = f"ctrl_c_{processes}"
+    job = runs.start(name, "--workers", 2, processes=processes)
+    runs.until(name, 6, job)
+    os.killpg(job.pid, signal.SIGINT)
+    runs.finish(job, 60)
+    done = runs.log(name)[-1]["step"]
+    assert 6 <= done < STEPS and torch.load(f"{runs.root}/{name}/ckpt.pt", weights_only=True)["step"] == done
+    assert "DataLoader worker" not in runs.said()
+    assert runs.finish(runs.start(name, "--resume", processes=processes)) == 0
+    np.testing.assert_allclose(np.array(course(runs.log(name))), np.array(straight), rtol=1e-4)
+
+
 def test_two_processes_resume_on_one(runs, straight):
     """The data order is a function of the position, not of the process: only the order of sums differs."""
     assert runs.finish(runs.start("fewer", "--stop_after", 6)) == 0

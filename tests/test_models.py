@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import blocks
 import flow_hwm
@@ -15,6 +16,7 @@ import masked_hwm
 from blocks import VARIANTS, FlowBlock, Layout, MaskedBlock
 from flow_hwm import FlowConfig, FlowHWM, integrate, interpolate, target_velocity
 from masked_hwm import LinearCrossEntropy, MaskedConfig, MaskedHWM, draw_ids, n_fixed, probabilities
+from train import count_flops
 
 JOINT = ("base", "modality", "full")
 FAMILIES = ("masked", "flow")
@@ -687,6 +689,21 @@ def test_linear_cross_entropy_is_the_plain_one(chunk, n):
         close(LinearCrossEntropy.apply(h, w, b, y, chunk), plain)
 
 
+def test_flops_are_those_of_the_textbook():
+    """A layer more costs qkv, out, MLP and attention; the masked loss one product with the table where nobody asks for
+    gradients. On the CPU, too, whose attention torch's own counter leaves out."""
+    cost = {}
+    for n in (3, 4):
+        model, clips = toy_model("flow", "full", n_layer=n), toy_clips("flow")
+        cost[n] = count_flops(lambda: model(*clips, toy_draws(model)))
+    B, N, c = len(clips[0]), sum(model.layout.lengths), model.config
+    layer = B * (2 * N * 4 * D * D + 4 * N * D * c.hidden + 4 * N * N * D + 2 * C * 6 * D)
+    assert cost[4] - cost[3] == layer
+    h, w, b = (torch.randn(*s).requires_grad_() for s in ((7, 4), (9, 4), (9,)))
+    y = torch.zeros(7, dtype=torch.long)
+    assert count_flops(lambda: LinearCrossEntropy.apply((h * 1), w, b, y)) == 2 * 7 * 4 * 9
+
+
 def test_logits_where_asked_are_rows_of_the_full_table():
     model, (L, actions) = toy_model("masked"), toy_clips("masked", T=4)
     M = torch.rand(2, 2, 2, 3, generator=generator()) < 0.5
@@ -740,13 +757,17 @@ def test_loss_is_the_same_however_the_batch_is_divided(family, variant):
 @eight
 def test_recomputing_activations_changes_nothing(family, variant):
     model, clips = toy_model(family, variant), toy_clips(family)
-    draws, grads = toy_draws(model), []
-    for recompute in (False, True):
-        model.config.checkpoint_activations = recompute
+    draws, grads, flops = toy_draws(model), [], []
+    for keep in ("", "products", "inputs"):
+        model.config.checkpoint_activations = keep
         model.zero_grad()
-        model(*clips, draws)[0].backward()
+        loss = model(*clips, draws)[0]
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        flops.append(counter.get_total_flops())
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
+    assert flops[0] == flops[1] < flops[2], "`products` multiplies no matrix twice, `inputs` does"
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused, "DDP stops at a trained parameter without a gradient"
 
