@@ -236,20 +236,25 @@ class MaskedBlock(nn.Module):
 
     def forward(self, x, layout, rope):
         """x (B, N, D) -> (B, N, D), or only its v_f (B, T_f * S, D) in the last layer."""
-        T, S = layout.T, layout.S
-        video, actions = x.tensor_split([T * S], dim=1)
-        q, k, v = self.spatial.project(rearrange(self.norm_s(video), "b (t s) d -> (b t) s d", s=S), rope.space)
-        y = merge(F.scaled_dot_product_attention(q, k, v))
-        video = video + self.spatial.out(rearrange(y, "(b t) s d -> b (t s) d", t=T))
-
-        x = torch.cat([video, actions], dim=1)
-        x = self.split_attention(x, layout, rope.time) if self.variant == "split" else self.joint(x, layout, rope.time)
-
+        if self.variant == "split":
+            v_p, v_f, actions = x.tensor_split([layout.future.start, layout.future.stop], dim=1)
+            rest, seen = self.context(torch.cat([v_p, actions], dim=1), layout, rope)
+            v_f = self.future(v_f, seen, layout, rope)
+            v_p, actions = rest.tensor_split([layout.future.start], dim=1)
+            return v_f if self.last else torch.cat([v_p, v_f, actions], dim=1)
+        video, actions = x.tensor_split([layout.T * layout.S], dim=1)
+        x = self.joint(torch.cat([self.space(video, layout.S, rope.space), actions], dim=1), layout, rope.time)
         if self.last:
             mlp = self.mlp[SHARING[self.mlp_variant][1]]
             return x + mlp(self.norm_m(x))
         parts = cut(self.norm_m(x), self.mlp_variant, layout.lengths)
         return x + torch.cat([mlp(part) for mlp, part in zip(self.mlp, parts)], dim=1)
+
+    def space(self, video, S, rope):
+        """Spatial attention: each latent frame by itself."""
+        q, k, v = self.spatial.project(rearrange(self.norm_s(video), "b (t s) d -> (b t) s d", s=S), rope)
+        y = merge(F.scaled_dot_product_attention(q, k, v))
+        return video + self.spatial.out(rearrange(y, "(b t) s d -> b (t s) d", b=len(video)))
 
     def joint(self, x, layout, rope):
         """Temporal attention of all four streams (bidirectional: with a causal mask video would never see actions)."""
@@ -263,26 +268,37 @@ class MaskedBlock(nn.Module):
                        action_attention(q[:, :, n:], k, v, layout.S, k_a, v_a)], dim=2)
         return x + self.temporal.out(merge(y))
 
-    def split_attention(self, x, layout, rope):
-        """Each stream by itself, then v_f asks the other three. Only v_f ever learns of v_f."""
-        S, done = layout.S, []
-        tables = list(zip(*(t.split(layout.lengths) for t in rope)))  # each stream's own piece of the one clock
-        for stream, table, video in zip(x.split(layout.lengths, dim=1), tables, (True, True, False, False)):
-            attention = self.temporal if video else self.action
-            q, k, v = attention.project(self.norm_t(stream), table)
-            if video:  # (B, h, S, T, d): at each place, over time
-                q, k, v = (at_places(y, S) for y in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v)
-            y = rearrange(y, "b h s t d -> b h (t s) d") if video else y
-            done.append(stream + attention.out(merge(y)))
-        v_p, v_f, a_p, a_f = done
-        context = torch.cat([v_p, a_p, a_f], dim=1)
-        context_rope = [torch.cat([t_p, t_ap, t_af]) for t_p, _, t_ap, t_af in zip(*tables)]
-        q = rotate(heads(self.cross_q(self.norm_c(v_f)), self.n_head), tables[1])
-        k, v = (heads(y, self.n_head) for y in self.cross_kv(self.norm_c(context)).chunk(2, dim=-1))
-        (k, k_a), (v, v_a) = (y.tensor_split([layout.lengths[0]], dim=2) for y in (rotate(k, context_rope), v))
-        v_f = v_f + self.cross_out(merge(temporal_attention(q, k, v, S, k_a, v_a)))
-        return v_f if self.last else torch.cat([v_p, v_f, a_p, a_f], dim=1)
+    # split: each stream by itself, then v_f asks the other three. Only v_f ever learns of v_f, so that a sampler needs
+    # the rest once, however often it asks again.
+
+    def alone(self, stream, attention, rope, S=None):
+        """A stream attends to itself; video (S given) at each place, over time."""
+        q, k, v = attention.project(self.norm_t(stream), rope)
+        if S is None:
+            return stream + attention.out(merge(F.scaled_dot_product_attention(q, k, v)))
+        y = F.scaled_dot_product_attention(*(at_places(y, S) for y in (q, k, v)))
+        return stream + attention.out(merge(rearrange(y, "b h s t d -> b h (t s) d")))
+
+    def context(self, rest, layout, rope):
+        """rest (B, N - T_f * S, D): v_p, a_p, a_f -> the same after this layer, and the keys and values that v_f will see."""
+        lengths, S = layout.lengths, layout.S
+        t_p, _, t_ap, t_af = zip(*(t.split(lengths) for t in rope.time))  # each stream's own piece of the one clock
+        v_p, a_p, a_f = rest.split((lengths[0], *lengths[2:]), dim=1)
+        v_p = self.alone(self.space(v_p, S, rope.space), self.temporal, t_p, S)
+        a_p, a_f = self.alone(a_p, self.action, t_ap), self.alone(a_f, self.action, t_af)
+        rest = torch.cat([v_p, a_p, a_f], dim=1)
+        k, v = (heads(y, self.n_head) for y in self.cross_kv(self.norm_c(rest)).chunk(2, dim=-1))
+        k = rotate(k, [torch.cat(t) for t in zip(t_p, t_ap, t_af)])
+        (k, k_a), (v, v_a) = (y.tensor_split([lengths[0]], dim=2) for y in (k, v))
+        return rest if self.last else rest + self.mlp[0](self.norm_m(rest)), (k, v, S, k_a, v_a)
+
+    def future(self, v_f, seen, layout, rope):
+        """v_f (B, T_f * S, D) by itself, then asking what `context` gave it to see -> v_f after this layer."""
+        t_f = [t[layout.future] for t in rope.time]
+        v_f = self.alone(self.space(v_f, layout.S, rope.space), self.temporal, t_f, layout.S)
+        q = rotate(heads(self.cross_q(self.norm_c(v_f)), self.n_head), t_f)
+        v_f = v_f + self.cross_out(merge(temporal_attention(q, *seen)))
+        return v_f + self.mlp[0](self.norm_m(v_f))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

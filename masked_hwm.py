@@ -114,9 +114,9 @@ class MaskedHWM(nn.Module):
 
     # ---- the network -----------------------------------------------------------------------------------------------
 
-    def features(self, L, M, actions):
+    def features(self, L, M, actions, memory=None):
         """ids L (B, T, H, W), M (B, T_f, H, W) True where hidden, actions (B, F, A) as recorded
-        -> v_f after the last layer (B, T_f * S, D). Sec. 2.2.1."""
+        -> v_f after the last layer (B, T_f * S, D). Sec. 2.2.1. memory: see `sample`."""
         c, layout = self.config, self.layout._replace(T_f=L.shape[1] - self.config.T_p)
         rope = self.rope(layout, L.device)
         x = self.embed(L)  # (B, T, H, W, D)
@@ -132,6 +132,15 @@ class MaskedHWM(nn.Module):
             v_p, v_f = x.tensor_split([layout.future.start], dim=1)
             v_f = v_f + self.at_place(v_p[:, -layout.S :], actions[:, layout.lengths[2] :], layout)
             x = torch.cat([v_p, v_f], dim=1)
+        if memory is not None:
+            v_p, v_f = x.tensor_split([layout.future.start], dim=1)
+            rest = torch.cat([v_p, a], dim=1)
+            for i, block in enumerate(self.blocks):
+                if len(memory) == i:
+                    rest, seen = block.context(rest, layout, rope)
+                    memory.append(seen)
+                v_f = block.future(v_f, memory[i], layout, rope)
+            return self.norm_out(v_f)
         x = torch.cat([x, a], dim=1)  # (B, N, D) in the order v_p, v_f, a_p, a_f
         for block in self.blocks:
             x = run_block(block, self.config.checkpoint_activations, x, layout, rope)
@@ -145,9 +154,9 @@ class MaskedHWM(nn.Module):
             self.ropes[key] = Rope(*(tuple(t.to(device) for t in table) for table in tables))
         return self.ropes[key]
 
-    def logits(self, L, M, actions, where=None):
+    def logits(self, L, M, actions, where=None, memory=None):
         """Logits (n, vocab) of the future tokens where `where` (B, T_f, H, W) is True (default: where M is), in order."""
-        h = self.features(L, M, actions)[(M if where is None else where).flatten(1)]
+        h = self.features(L, M, actions, memory)[(M if where is None else where).flatten(1)]
         return F.linear(h, self.out_weight(), self.out.bias)
 
     def out_weight(self):
@@ -186,18 +195,20 @@ class MaskedHWM(nn.Module):
         (B, F, A) says how many. Frame by frame; a frame starts hidden, and in K steps all its hidden tokens are drawn in
         parallel and a part of them kept, so that after step k a share 1 - gamma(k / K) is fixed; the rest is masked and
         drawn again. order: which are kept, at "random" or those of greatest "confidence" (MaskGIT).
+        In the split variant nothing but v_f changes between two questions: the rest is computed once, into `memory`.
         trace: a list that receives (L, M) after every step."""
         B, T_p, H, W = L_p.shape
         T_f = (actions.shape[1] - 1) // self.config.temporal + 1 - T_p
         L = torch.cat([L_p, torch.zeros_like(L_p[:, :1]).expand(-1, T_f, -1, -1)], dim=1)
         M = torch.ones(B, T_f, H, W, dtype=torch.bool, device=L.device)
+        memory = [] if self.config.variant == "split" else None
         for t in range(T_f):
             current = torch.zeros_like(M)
             current[:, t] = True
             rank = torch.rand(B, H * W, generator=generator).argsort(dim=1).argsort(dim=1).to(L.device)
             for k in range(1, K + 1):
                 hidden = M & current
-                logits = self.logits(L, M, actions, where=hidden)
+                logits = self.logits(L, M, actions, where=hidden, memory=memory)
                 ids = draw_ids(probabilities(logits, temperature), generator)
                 L = L.clone()
                 L[:, T_p:][hidden] = ids

@@ -92,6 +92,9 @@ def compile_blocks(model):
     """Block by block: they are alike, so that a compiler's work is done once for all."""
     for block in model.blocks:
         block.compile()
+        for part in ("context", "future"):  # what the sampler of masked split asks for instead of the whole
+            if hasattr(block, part):
+                setattr(block, part, torch.compile(getattr(block, part)))
 
 
 def load_tokenizer_for(about, device="cpu", path="", required=True):

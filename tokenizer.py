@@ -97,7 +97,7 @@ def unpatch(x):
 
 class CausalConv3d(nn.Module):
     """A convolution over space (1, k, k) or over time (k, 1, 1) that sees no later frame: time is padded in front only,
-    by repeating the first frame. Either is a 2D convolution in disguise, and several times faster run as one."""
+    by repeating the first frame. Either is a 2D convolution in disguise, and runs as one."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, pad=None):
         super().__init__()

@@ -22,6 +22,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from blocks import VARIANTS
@@ -98,17 +99,16 @@ def train_part(args, dtype):
         loss[:] = [total / count]
 
     def both():
+        optimizer.zero_grad(set_to_none=True)
         forward()
         loss[0].backward()
 
     def step():
         both()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     two = seconds(both, args.repeat)
     found = {"forward_backward_peak_gb": peak_gb()}
-    optimizer.zero_grad(set_to_none=True)
     found.update(step_s=seconds(step, args.repeat), forward_backward_s=two, forward_s=seconds(forward, args.repeat),
                  peak_gb=peak_gb())
     found["samples_per_s"] = args.batch / found["step_s"]
@@ -161,18 +161,34 @@ def sample_part(args, dtype):
     return dict(found, samples_per_s=args.batch / found["sample_s"], peak_gb=peak_gb())
 
 
+def plain_convolution(conv, x):
+    """What CausalConv3d computes, as its name says it."""
+    x = torch.cat([x[:, :, :1]] * conv.front + [x], dim=2)
+    pad = (0, 0, 0) if conv.in_time else (0, conv.pad, conv.pad)
+    stride = (conv.stride, 1, 1) if conv.in_time else (1, conv.stride, conv.stride)
+    return F.conv3d(x, conv.conv3d.weight, conv.conv3d.bias, stride, pad)
+
+
 @torch.no_grad()
 def tokenizer_part(args, dtype):
-    """Encode and decode of one clip of 17 frames of 256 x 256 by a tokenizer of NVIDIA's full size."""
-    from tokenizer import PRESETS, Tokenizer
-    found = {}
+    """Encode and decode of one clip of 17 frames by a tokenizer of NVIDIA's full size; beside the same with 3D convolutions."""
+    import tokenizer as tok
+    found, ours = {"frame_size": args.frame_size}, tok.CausalConv3d.forward
     for name in ("cv8x16x16", "dv8x8x8"):
-        tokenizer = Tokenizer(PRESETS[name]).to(DEVICE, dtype).eval()
+        torch.manual_seed(0)
+        tokenizer = tok.Tokenizer(tok.PRESETS[name]).to(DEVICE, dtype).eval()
         video = torch.rand(1, 3, 17, args.frame_size, args.frame_size, device=DEVICE) * 2 - 1
         z = tokenizer.encode(video)
         for what, f in (("encode", lambda: tokenizer.encode(video)), ("decode", lambda: tokenizer.decode(z))):
-            taken = seconds(f, args.repeat)
+            taken, y = seconds(f, args.repeat), f()
             found[f"{name}_{what}_s"], found[f"{name}_{what}_gflop_per_s"] = taken, count_flops(f) / taken / 1e9
+            tok.CausalConv3d.forward = plain_convolution
+            found[f"{name}_{what}_plain_s"] = seconds(f, 1)
+            plain = f()  # the largest difference beside the largest value; of ids, the share that differ
+            found[f"{name}_{what}_difference"] = (((plain - y).abs().max() / y.abs().max()) if y.is_floating_point() else
+                                                  (plain != y).float().mean()).item()
+            tok.CausalConv3d.forward = ours
+            found[f"{name}_{what}_faster"] = found[f"{name}_{what}_plain_s"] / taken
     return dict(found, peak_gb=peak_gb())
 
 

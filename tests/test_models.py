@@ -448,7 +448,7 @@ def test_sampled_ids_sharpen_as_temperature_falls(monkeypatch):
     model = toy_model("masked")
     row = torch.full((V,), -100.0)
     row[2], row[7] = 0.0, math.log(3)
-    monkeypatch.setattr(model, "logits", lambda L, M, actions, where: row.expand(int(where.sum()), -1))
+    monkeypatch.setattr(model, "logits", lambda L, M, actions, where, memory: row.expand(int(where.sum()), -1))
     past, actions = torch.zeros(500, 2, 2, 3, dtype=torch.long), torch.zeros(500, 17, A)
     for T, share in ((1.0, 0.75), (0.5, 0.9), (0, 1.0)):
         L_f = model.sample(past, actions, temperature=T, generator=generator())
@@ -488,7 +488,7 @@ def test_confidence_order_keeps_the_most_certain(monkeypatch, temperature):
     model, trace = toy_model("masked"), []
     strength = torch.tensor([1.0, 60, 3, 2, 50, 4])  # of the six places; 50 and 60 are drawn in any case
 
-    def logits(L, M, actions, where):
+    def logits(L, M, actions, where, memory):
         table = torch.zeros(*where.shape, V)
         table[..., 4] = strength.view(1, 1, 2, 3)
         return table[where]
@@ -770,6 +770,21 @@ def test_recomputing_activations_changes_nothing(family, variant):
     assert flops[0] == flops[1] < flops[2], "`products` multiplies no matrix twice, `inputs` does"
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused, "DDP stops at a trained parameter without a gradient"
+
+
+def test_the_split_sampler_computes_the_past_once(monkeypatch):
+    """What v_f cannot change is remembered between questions: the same tokens as without a memory, from fewer products."""
+    model, (L, actions) = toy_model("masked", "split"), toy_clips("masked", T=4)
+    dream = lambda: model.sample(L[:, :2], actions, K=3, generator=generator())
+    flops, remembered = count_flops(dream), dream()
+    forgetful = model.features
+    monkeypatch.setattr(model, "features", lambda L, M, actions, memory: forgetful(L, M, actions))
+    assert torch.equal(dream(), remembered)
+    assert count_flops(dream) > 1.3 * flops
+    memory, M = [], torch.ones(2, 2, 2, 3, dtype=torch.bool)
+    once = forgetful(L, M, actions, memory)
+    close(once, forgetful(L, M, actions))
+    assert len(memory) == len(model.blocks) and torch.equal(forgetful(L, M, actions, memory), once)
 
 
 # ---- samplers: any number of future latents, guidance, determinism
