@@ -84,7 +84,8 @@ def load_model(file, device="cpu", weights="ema"):
         model = Model(Config(**saved["model_config"]))
         model.load_state_dict({k: v.float() for k, v in saved[part].items()})
     except (TypeError, RuntimeError) as e:
-        raise CheckpointError(f"{file} does not fit its own configuration ({str(e).splitlines()[0]}): it was made by other code") from None
+        raise CheckpointError(f"{file} does not fit its own configuration ({str(e).splitlines()[0]}): it was made by other "
+                              "code") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 
@@ -313,15 +314,17 @@ def save_png(rows, file):
     replace(file, lambda f: canvas.save(f, format="PNG"))
 
 
-def save_trace(strips, file):
-    """A line a clip, a picture a step of the sampler, from left to right."""
+def save_trace(strips, file, flow):
+    """A line a clip, a picture a step of the sampler, from left to right; above it its time t, or its number."""
     n, steps, H, W, _ = strips.shape
-    zoom, gap = max(1, 96 // H), 3
-    canvas = Image.new("RGB", (steps * (W * zoom + gap) - gap, n * (H * zoom + gap) - gap), "white")
-    for j in range(n):
-        for k in range(steps):
+    zoom, gap, top = max(1, 96 // H), 3, 14
+    canvas = Image.new("RGB", (steps * (W * zoom + gap) - gap, top + n * (H * zoom + gap) - gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k in range(steps):
+        draw.text((k * (W * zoom + gap) + 2, 1), f"t = {k / (steps - 1):.2f}" if flow else f"step {k + 1}", fill="black")
+        for j in range(n):
             picture = Image.fromarray(strips[j, k]).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
-            canvas.paste(picture, (k * (W * zoom + gap), j * (H * zoom + gap)))
+            canvas.paste(picture, (k * (W * zoom + gap), top + j * (H * zoom + gap)))
     replace(file, lambda f: canvas.save(f, format="PNG"))
 
 
@@ -432,7 +435,8 @@ def main(argv=None):
                            if os.path.dirname(os.path.abspath(args.ckpt)) == os.path.join(HERE, "weights") else
                            os.path.join(os.path.dirname(args.ckpt), "samples"))
         if args.trace:
-            save_trace(trace(model, tokenizer, clips, args.num, args.seed, **settings), os.path.join(out, "trace.png"))
+            strips = trace(model, tokenizer, clips, args.num, args.seed, **settings)
+            save_trace(strips, os.path.join(out, "trace.png"), flow=tokenizer.kind == "continuous")
             print(f"wrote {out}/trace.png in {time.time() - start:.0f} s")
             return
         rows = picture_rows(dream(model, tokenizer, clips, args.num, args.seed, args.actions, args.rollout, **settings),

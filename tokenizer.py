@@ -337,7 +337,8 @@ class Tokenizer(nn.Module):
             raise TokenizerError(f"compression {self.temporal}x{self.spatial}x{self.spatial} cannot be built from patches of "
                                  f"{c.patch_size} and {len(c.channels_mult)} levels: use temporal 4 or 8, spatial 4, 8 or 16")
         if c.levels:
-            self.fsq, self.levels, self.vocab_size, code_channels = FSQ(c.levels), tuple(c.levels), math.prod(c.levels), len(c.levels)
+            self.fsq, self.levels, self.vocab_size = FSQ(c.levels), tuple(c.levels), math.prod(c.levels)
+            code_channels = len(c.levels)
         else:
             self.channels = code_channels = c.latent_channels
         self.encoder, self.quant_conv = Encoder(c), pointwise(c.z_channels, code_channels)
@@ -472,7 +473,8 @@ def read_torchscript(file):
             dtype = getattr(torch, storage.removesuffix("Storage").lower(), None)
             data = archive.read(f"{root}data/{key}")
             if dtype is None or len(data) != numel * dtype.itemsize:
-                raise TokenizerError(f"{file}: tensor storage {key} has {len(data)} bytes instead of {numel} numbers; download it again")
+                raise TokenizerError(f"{file}: tensor storage {key} has {len(data)} bytes instead of {numel} numbers; download "
+                                     "it again")
             return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
     try:
@@ -656,7 +658,7 @@ def main(argv=None):
     t.add_argument("--steps", type=int, default=5000)
     t.add_argument("--batch", type=int, default=4)
     t.add_argument("--lr", type=float, default=1.5e-3)
-    t.add_argument("--init", default="", help="tokenizer file to start from, a continuous one for either kind; default: from nothing")
+    t.add_argument("--init", default="", help="tokenizer file to start from, a continuous one for either kind; default: nothing")
     t.add_argument("--seed", type=int, default=0)
     t.add_argument("--eval_every", type=int, default=500, help="steps between scores, each followed by a save")
     t.add_argument("--channels", type=int, help="width; default: the tiny preset's")

@@ -217,7 +217,8 @@ def count_flops(f):
     """Floating point operations of the matrix products and attentions of f(), run as it is written and without gradients."""
     on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # which torch's counter leaves out
               lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=on_cpu) as counter, torch.no_grad():
+    counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
+    with torch.compiler.set_stance("force_eager"), counter, torch.no_grad():
         f()
     return counter.get_total_flops()
 
@@ -402,7 +403,8 @@ def model_options(config):
             if value not in words.get(name, [value]) or kind is int and chosen[name] < 1:
                 raise ValueError
         except (KeyError, ValueError, TypeError):
-            raise DataError(f"--set {item}: {name} takes {' or '.join(words.get(name, [f'a {kind.__name__} as {defaults[name]}']))}") from None
+            choice = " or ".join(words.get(name, [f"a {kind.__name__} as {defaults[name]}"]))
+            raise DataError(f"--set {item}: {name} takes {choice}") from None
     width, n_head = (chosen.get(k, defaults[k]) for k in ("width", "n_head"))
     if ("width" in chosen or "n_head" in chosen) and width % (2 * n_head):
         raise DataError(f"--set {text}: the width {width} cannot be divided into {n_head} heads of an even size; give both")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from blocks import VARIANTS
-from sample import MODELS, SAMPLING
+from sample import MODELS, SAMPLING, compile_blocks
 from train import Stream, TrainConfig, count_flops, faster_dtype, positions
 
 CUDA = torch.cuda.is_available()
@@ -80,8 +80,7 @@ def build(args):
     drawn = [model.draw(torch.Generator().manual_seed(i)) for i in range(args.batch)]
     draws = {k: torch.stack([d[k] for d in drawn]).to(DEVICE) for k in drawn[0]}
     if args.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     return model, video, actions, draws
 
 
@@ -112,7 +111,9 @@ def train_part(args, dtype):
     found.update(step_s=seconds(step, args.repeat), forward_backward_s=two, forward_s=seconds(forward, args.repeat),
                  peak_gb=peak_gb())
     found["samples_per_s"] = args.batch / found["step_s"]
-    found.update(gflop=flops / 1e9, gflop_per_s=flops / found["step_s"] / 1e9, forward_gflop_per_s=flops / 3e9 / found["forward_s"])
+    found.update(gflop=flops / 1e9, gflop_per_s=flops / found["step_s"] / 1e9,
+                 forward_backward_gflop_per_s=flops / found["forward_backward_s"] / 1e9,
+                 forward_gflop_per_s=flops / 3e9 / found["forward_s"])
     if args.data:
         found["data_wait"] = data_wait(args, model, step)
     return found

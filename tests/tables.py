@@ -17,6 +17,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from blocks import VARIANTS
+from train import PRESETS
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = [sys.executable]
@@ -36,7 +37,8 @@ def trained(out, model, variant, *flags):
     ckpt = f"{out}/ckpt.pt"
     if not os.path.exists(f"{out}/done"):
         resume = ["--resume"] if os.path.exists(ckpt) else []
-        run(*TORCHRUN, f"{HERE}/train.py", "--model", model, "--variant", variant, "--out", out, "--sample_every", 0, *flags, *TRAIN, *resume)
+        run(*TORCHRUN, f"{HERE}/train.py", "--model", model, "--variant", variant, "--out", out, "--sample_every", 0,
+            *flags, *TRAIN, *resume)
         open(f"{out}/done", "w").close()
     return ckpt
 
@@ -107,8 +109,9 @@ def defaults(args):
     for weights in ("ema", "last"):
         for m in base:
             line(f"{m}: weights", weights, base[m], "--weights", weights)
-    for steps, method in ((1, "euler"), (2, "euler"), (5, "euler"), (10, "euler"), (20, "euler"), (1, "midpoint"), (5, "midpoint"), (10, "midpoint")):
-        line("flow: solver", f"{method}, {steps} steps", base["flow"], "--steps", steps, "--method", method)
+    for method, counts in (("euler", (1, 2, 5, 10, 20)), ("midpoint", (1, 5, 10))):
+        for steps in counts:
+            line("flow: solver", f"{method}, {steps} steps", base["flow"], "--steps", steps, "--method", method)
     for cfg in (1.0, 1.5, 2.0, 3.0):
         line("flow: guidance, both dropped", cfg, base["flow"], "--cfg", cfg)
     for order in ("random", "confidence"):
@@ -116,8 +119,11 @@ def defaults(args):
             line("masked: order, K", f"{order}, {K}", base["masked"], "--order", order, "--steps", K)
     for T in (0.0, 0.5, 1.0):
         line("masked: temperature", T, base["masked"], "--temperature", T)
-    for option in [] if not args.option_steps else ("", "t_sampling=logit-normal", "drop=actions", "drop=past", "p_drop=0"):  # these are trained for it, each alike
-        ckpt = trained(f"{args.out}/option_{option or 'none'}", "flow", "full", "--steps", args.option_steps, "--set", option)
+    options = ("", "t_sampling=logit-normal", "drop=actions", "drop=past", "p_drop=0")  # a training for each, all alike
+    for option in options if args.option_steps else ():
+        as_it_is = not option and args.option_steps == (args.steps or PRESETS["tiny", "flow"]["steps"])
+        ckpt = base["flow"] if as_it_is else trained(f"{args.out}/option_{option or 'none'}", "flow", "full",
+                                                     "--steps", args.option_steps, "--set", option)
         for cfg in (1.0,) if option.startswith(("t_", "p_")) else (1.0, 1.5, 2.0):
             line(f"flow, {args.option_steps} steps: " + (option or "as it is"), f"guidance {cfg}", ckpt, "--cfg", cfg)
     return "\n".join(lines)
@@ -127,7 +133,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/tables")
     p.add_argument("--steps", type=int, default=0, help="of training, for every model; default: the preset's")
-    p.add_argument("--option_steps", type=int, default=400, help="of training, for the choices that need a training of their own; 0: leave these out")
+    p.add_argument("--option_steps", type=int, default=2000,
+                   help="of training, for the choices that need a training of their own; 0: leave these out")
     p.add_argument("--num", type=int, default=64, help="validation clips")
     p.add_argument("--only", default="", help="some of the eight, as in masked:base,flow:full")
     p.add_argument("--inception", default="", help="as of evaluate.py")

@@ -574,7 +574,7 @@ def test_trace_shows_every_step_of_the_sampler(trained, tmp_path, model):
     sample.main(["--ckpt", f"{trained[model]}/ckpt.pt", "--out", str(tmp_path), "--num", "2", "--steps", "3", "--trace"])
     with Image.open(tmp_path / "trace.png") as png:
         steps = {"flow": 4, "masked": 3}[model]  # the flow's strip begins with the noise
-        assert png.size == (steps * (96 + 3) - 3, 2 * (96 + 3) - 3)
+        assert png.size == (steps * (96 + 3) - 3, 14 + 2 * (96 + 3) - 3)
     assert os.listdir(tmp_path) == ["trace.png"]
 
 
