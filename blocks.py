@@ -112,6 +112,12 @@ def merge(x):
     return rearrange(x, "b h n d -> b n (h d)")
 
 
+def split_at(x, n, dim):
+    """x -> its first n, and the rest, along a dimension. (torch pads the gradients of slices with zeros and adds them up;
+    those of a split it only puts together.)"""
+    return x.split([n, x.shape[dim] - n], dim)
+
+
 def cut(x, variant, lengths):
     """(B, N, D) -> the slice of tokens that each weight set of a variant serves."""
     sets = SHARING[variant]
@@ -186,7 +192,7 @@ def temporal_attention(q, k, v, S, k_a, v_a):
     T = k.shape[2] // S
     own = at_places(q, S) @ at_places(k, S).transpose(-1, -2)  # (B, h, S, T_q, T)
     acts = at_places(q @ k_a.transpose(-1, -2), S)  # (B, h, S, T_q, A)
-    own, acts = (torch.cat([own, acts], -1) * q.shape[-1] ** -0.5).softmax(-1).tensor_split([T], -1)
+    own, acts = split_at((torch.cat([own, acts], -1) * q.shape[-1] ** -0.5).softmax(-1), T, -1)
     y = rearrange(own @ at_places(v, S), "b h s t d -> b h (t s) d")
     return y + rearrange(acts, "b h s t a -> b h (t s) a") @ v_a
 
@@ -196,7 +202,7 @@ def action_attention(q_a, k, v, S, k_a, v_a):
     T = k.shape[2] // S
     video = rearrange(q_a @ k.transpose(-1, -2), "b h a (t s) -> b h s a t", s=S)
     acts = (q_a @ k_a.transpose(-1, -2))[:, :, None].expand(-1, -1, S, -1, -1)  # (B, h, S, A, A)
-    video, acts = (torch.cat([video, acts], -1) * q_a.shape[-1] ** -0.5).softmax(-1).tensor_split([T], -1)
+    video, acts = split_at((torch.cat([video, acts], -1) * q_a.shape[-1] ** -0.5).softmax(-1), T, -1)
     return rearrange(video, "b h s a t -> b h a (t s)") @ v / S + acts.mean(2) @ v_a
 
 
@@ -237,12 +243,12 @@ class MaskedBlock(nn.Module):
     def forward(self, x, layout, rope):
         """x (B, N, D) -> (B, N, D), or only its v_f (B, T_f * S, D) in the last layer."""
         if self.variant == "split":
-            v_p, v_f, actions = x.tensor_split([layout.future.start, layout.future.stop], dim=1)
-            rest, seen = self.context(torch.cat([v_p, actions], dim=1), layout, rope)
+            v_p, v_f, a_p, a_f = x.split(layout.lengths, dim=1)
+            rest, seen = self.context(torch.cat([v_p, a_p, a_f], dim=1), layout, rope)
             v_f = self.future(v_f, seen, layout, rope)
-            v_p, actions = rest.tensor_split([layout.future.start], dim=1)
+            v_p, actions = split_at(rest, layout.future.start, dim=1)
             return v_f if self.last else torch.cat([v_p, v_f, actions], dim=1)
-        video, actions = x.tensor_split([layout.T * layout.S], dim=1)
+        video, actions = split_at(x, layout.T * layout.S, dim=1)
         x = self.joint(torch.cat([self.space(video, layout.S, rope.space), actions], dim=1), layout, rope.time)
         if self.last:
             mlp = self.mlp[SHARING[self.mlp_variant][1]]
@@ -260,12 +266,12 @@ class MaskedBlock(nn.Module):
         """Temporal attention of all four streams (bidirectional: with a causal mask video would never see actions)."""
         n = layout.T * layout.S
         q, k, v = self.temporal.project(self.norm_t(x), rope)
-        (k, k_a), (v, v_a) = (y.tensor_split([n], dim=2) for y in (k, v))
+        (q, q_a), (k, k_a), (v, v_a) = (split_at(y, n, dim=2) for y in (q, k, v))
         if self.last:
             return x[:, layout.future] + self.temporal.out(merge(
                 temporal_attention(q[:, :, layout.future], k, v, layout.S, k_a, v_a)))
-        y = torch.cat([temporal_attention(q[:, :, :n], k, v, layout.S, k_a, v_a),
-                       action_attention(q[:, :, n:], k, v, layout.S, k_a, v_a)], dim=2)
+        y = torch.cat([temporal_attention(q, k, v, layout.S, k_a, v_a),
+                       action_attention(q_a, k, v, layout.S, k_a, v_a)], dim=2)
         return x + self.temporal.out(merge(y))
 
     # split: each stream by itself, then v_f asks the other three. Only v_f ever learns of v_f, so that a sampler needs
@@ -289,7 +295,7 @@ class MaskedBlock(nn.Module):
         rest = torch.cat([v_p, a_p, a_f], dim=1)
         k, v = (heads(y, self.n_head) for y in self.cross_kv(self.norm_c(rest)).chunk(2, dim=-1))
         k = rotate(k, [torch.cat(t) for t in zip(t_p, t_ap, t_af)])
-        (k, k_a), (v, v_a) = (y.tensor_split([lengths[0]], dim=2) for y in (k, v))
+        (k, k_a), (v, v_a) = (split_at(y, lengths[0], dim=2) for y in (k, v))
         return rest if self.last else rest + self.mlp[0](self.norm_m(rest)), (k, v, S, k_a, v_a)
 
     def future(self, v_f, seen, layout, rope):

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blocks import AtPlace, Layout, MaskedBlock, Rope, layer_variants, masked_rope, run_block
+from blocks import AtPlace, Layout, MaskedBlock, Rope, layer_variants, masked_rope, run_block, split_at
 
 
 @dataclass
@@ -129,11 +129,11 @@ class MaskedHWM(nn.Module):
         actions = (actions - self.action_mean) / self.action_std
         a = self.embed_action(actions)  # (B, F, D)
         if c.at_place:
-            v_p, v_f = x.tensor_split([layout.future.start], dim=1)
+            v_p, v_f = split_at(x, layout.future.start, dim=1)
             v_f = v_f + self.at_place(v_p[:, -layout.S :], actions[:, layout.lengths[2] :], layout)
             x = torch.cat([v_p, v_f], dim=1)
         if memory is not None:
-            v_p, v_f = x.tensor_split([layout.future.start], dim=1)
+            v_p, v_f = split_at(x, layout.future.start, dim=1)
             rest = torch.cat([v_p, a], dim=1)
             for i, block in enumerate(self.blocks):
                 if len(memory) == i:
