@@ -93,6 +93,7 @@ def train_part(args, dtype):
     loss = []
 
     def forward():
+        loss.clear()  # and with it what it held for its backward pass
         with autocast():
             total, count = model(video, actions, draws)
         loss[:] = [total / count]
@@ -108,8 +109,8 @@ def train_part(args, dtype):
 
     two = seconds(both, args.repeat)
     found = {"forward_backward_peak_gb": peak_gb()}
-    found.update(step_s=seconds(step, args.repeat), forward_backward_s=two, forward_s=seconds(forward, args.repeat),
-                 peak_gb=peak_gb())
+    found.update(step_s=seconds(step, args.repeat), forward_backward_s=two, peak_gb=peak_gb(),
+                 forward_s=seconds(forward, args.repeat))
     found["samples_per_s"] = args.batch / found["step_s"]
     found.update(gflop=flops / 1e9, gflop_per_s=flops / found["step_s"] / 1e9,
                  forward_backward_gflop_per_s=flops / found["forward_backward_s"] / 1e9,

@@ -17,6 +17,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from blocks import VARIANTS
+from evaluate import choose_clips, speed
+from sample import SAMPLING, load_model, load_tokenizer_for, validation_clips
 from train import PRESETS
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -57,7 +59,20 @@ def peak_of(out):
 
 
 def interval(pair):
-    return f"[{pair[0]:.2f}, {pair[1]:.2f}]"
+    """Half the width of a 95 % interval over clips."""
+    return f"± {(pair[1] - pair[0]) / 2:.2f}"
+
+
+def speeds(ckpts):
+    """Samples per second of each checkpoint: all in this process, three rounds in turn, the best of each."""
+    best = [0.0] * len(ckpts)
+    for _ in range(3):
+        for i, ckpt in enumerate(ckpts):
+            model, saved = load_model(ckpt)
+            clips, settings = validation_clips(saved), SAMPLING["tiny", saved["config"]["model"]]
+            rate, _ = speed(model, load_tokenizer_for(saved["tokenizer"]), clips, choose_clips(clips, 8), **settings)
+            best[i] = max(best[i], rate)
+    return best
 
 
 def eight(args):
@@ -70,6 +85,8 @@ def eight(args):
             out = f"{args.out}/{model}_{variant}"
             ckpt = trained(out, model, variant, *steps)
             columns.append((model, variant, scored(ckpt, f"{out}/scores.json", args.num, *args.inception), peak_of(out)))
+    for column, rate in zip(columns, speeds([f"{args.out}/{m}_{v}/ckpt.pt" for m, v, *_ in columns])):
+        column[2]["samples_per_s"] = rate  # timings are compared in one run
     rows = [
         ("parameters, M", lambda s, _: f"{s['params'] / 1e6:.2f}"),
         ("peak GB in training (a process), sampling", lambda s, gb: f"{gb:.2f}, {s['peak_gb']:.2f}"),
