@@ -443,7 +443,9 @@ def train(config):
     clips = open_clips(folder, "train")
     sizes = model_config(config, clips)
     torch.manual_seed(config.seed)
-    model = MODELS[config.model][0](sizes).to(device)
+    model = MODELS[config.model][0](sizes)
+    if not config.shard:  # else block by block, below: the whole need not fit on one device
+        model.to(device)
     actions = action_statistics(clips)
     if config.model == "flow":
         model.set_statistics(actions["mean"], actions["std"], torch.tensor(clips.meta["latent_mean"]),

@@ -229,7 +229,7 @@ def curves(argv):
     print(f"\n{'variant':8s} {'batch':>5s} {'latent':>6s} {'future':>6s} {'step s':>8s} {'per clip':>8s} {'peak GB':>8s}")
     results = []
     for variant in ("full", "split"):
-        for batch, size, future in ((1, 8, 1), (4, 8, 1), (16, 8, 1), (1, 16, 1), (1, 32, 1), (1, 8, 2), (1, 8, 4), (1, 16, 4)):
+        for batch, size, future in ((1, 8, 1), (4, 8, 1), (16, 8, 1), (1, 16, 1), (1, 32, 1), (1, 8, 2), (1, 8, 4), (1, 16, 4), (1, 32, 4)):
             extra = ["--variant", variant, "--batch", str(batch), "--latent_size", str(size), "--future", str(future)]
             r = measure("train", argv + extra)
             results.append(r)

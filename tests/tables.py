@@ -118,7 +118,11 @@ def defaults(args):
     base = {m: trained(f"{args.out}/{m}_{v}", m, v, *steps) for m, v in (("masked", "base"), ("flow", "full"))}
     lines = ["| choice | setting | PSNR | delta_psnr | distance |", "|---|---|---|---|---|"]
 
+    reference = {"masked": ["--steps", 2, "--order", "random", "--temperature", 0.5],  # every line differs in one thing
+                 "flow": ["--steps", 5, "--method", "euler", "--cfg", 1]}
+
     def line(choice, setting, ckpt, *flags):
+        flags = [*reference["flow" if choice.startswith("flow") else "masked"], *flags]  # the last one counts
         name = re.sub(r"[^a-z0-9.]+", "_", f"{choice}_{setting}".lower())
         s = scored(ckpt, f"{os.path.dirname(ckpt)}/{name}.json", args.num, *args.inception, *flags)
         lines.append(f"| {choice} | {setting} | {s['psnr']:.2f} | {s['delta_psnr']:.2f} | {s['fid']:.4f} |")
@@ -142,7 +146,7 @@ def defaults(args):
         ckpt = base["flow"] if as_it_is else trained(f"{args.out}/option_{option or 'none'}", "flow", "full",
                                                      "--steps", args.option_steps, "--set", option)
         for cfg in (1.0,) if option.startswith(("t_", "p_")) else (1.0, 1.5, 2.0):
-            line(f"flow, {args.option_steps} steps: " + (option or "as it is"), f"guidance {cfg}", ckpt, "--cfg", cfg)
+            line(f"flow, {args.option_steps} steps: {option or 'as it is'}", f"guidance {cfg}", ckpt, "--cfg", cfg)
     return "\n".join(lines)
 
 
