@@ -112,6 +112,16 @@ def merge(x):
     return rearrange(x, "b h n d -> b n (h d)")
 
 
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, for (B, h, N, d). Heads are filled up with zeros to a multiple of 8, which changes
+    nothing but that a GPU's fast kernels take them: the paper's Flow-HWM has heads of 293."""
+    d, spare = q.shape[-1], -q.shape[-1] % 8
+    if not spare:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (F.pad(x, (0, spare)) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+
+
 def split_at(x, n, dim):
     """x -> its first n, and the rest, along a dimension. (torch pads the gradients of slices with zeros and adds them up;
     those of a split it only puts together.)"""
@@ -259,7 +269,7 @@ class MaskedBlock(nn.Module):
     def space(self, video, S, rope):
         """Spatial attention: each latent frame by itself."""
         q, k, v = self.spatial.project(rearrange(self.norm_s(video), "b (t s) d -> (b t) s d", s=S), rope)
-        y = merge(F.scaled_dot_product_attention(q, k, v))
+        y = merge(attention(q, k, v))
         return video + self.spatial.out(rearrange(y, "(b t) s d -> b (t s) d", b=len(video)))
 
     def joint(self, x, layout, rope):
@@ -277,13 +287,13 @@ class MaskedBlock(nn.Module):
     # split: each stream by itself, then v_f asks the other three. Only v_f ever learns of v_f, so that a sampler needs
     # the rest once, however often it asks again.
 
-    def alone(self, stream, attention, rope, S=None):
+    def alone(self, stream, weights, rope, S=None):
         """A stream attends to itself; video (S given) at each place, over time."""
-        q, k, v = attention.project(self.norm_t(stream), rope)
+        q, k, v = weights.project(self.norm_t(stream), rope)
         if S is None:
-            return stream + attention.out(merge(F.scaled_dot_product_attention(q, k, v)))
-        y = F.scaled_dot_product_attention(*(at_places(y, S) for y in (q, k, v)))
-        return stream + attention.out(merge(rearrange(y, "b h s t d -> b h (t s) d")))
+            return stream + weights.out(merge(attention(q, k, v)))
+        y = attention(*(at_places(y, S) for y in (q, k, v)))
+        return stream + weights.out(merge(rearrange(y, "b h s t d -> b h (t s) d")))
 
     def context(self, rest, layout, rope):
         """rest (B, N - T_f * S, D): v_p, a_p, a_f -> the same after this layer, and the keys and values that v_f will see."""
@@ -364,7 +374,7 @@ class CrossAttention(nn.Module):
         context = [F.layer_norm(x, x.shape[-1:], eps=1e-6) for x in context]
         k, v = torch.cat([kv(x) for kv, x in zip(self.kv, context)], dim=1).chunk(2, dim=-1)
         q, k, v = (heads(y, self.n_head) for y in (self.q(modulate(v_f, m)), k, v))
-        y = F.scaled_dot_product_attention(rotate(q, rope_f), rotate(k, rope_context), v)
+        y = attention(rotate(q, rope_f), rotate(k, rope_context), v)
         return v_f + m.gate * self.out(merge(y))
 
 
@@ -389,9 +399,9 @@ class FlowBlock(nn.Module):
     def attend(self, q, k, v, layout):
         """(B, h, N, d) -> (B, N, D): all tokens together, or in the split variant each stream by itself."""
         if not self.split:
-            return merge(F.scaled_dot_product_attention(q, k, v))
+            return merge(attention(q, k, v))
         streams = zip(*(y.split(layout.lengths, dim=2) for y in (q, k, v)))
-        return torch.cat([merge(F.scaled_dot_product_attention(*s)) for s in streams], dim=1)
+        return torch.cat([merge(attention(*s)) for s in streams], dim=1)
 
     def forward(self, x, c, layout, rope):
         """x (B, N, D), time embedding c (B or 1, C) -> (B, N, D), or only its v_f (B, T_f * S, D) in the last layer."""
@@ -403,7 +413,7 @@ class FlowBlock(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
 
         if self.last and not self.split:  # only v_f asks
-            y, x = merge(F.scaled_dot_product_attention(q[:, :, future], k, v)), x[:, future]
+            y, x = merge(attention(q[:, :, future], k, v)), x[:, future]
             sets, mods, parts, outs = [sets[self.future_set]], [mods[self.future_set]], [x], [y]
         else:
             outs = cut(self.attend(q, k, v, layout), self.sharing, layout.lengths)

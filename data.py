@@ -1049,6 +1049,7 @@ def latent_statistics(folder, clips_per_shard, shape):
         x = open_array(shard_files(folder, j, ".bin")[0], "<f2", (clips, *shape)).astype(np.float64)
         n, total, square = n + x[:, 0].size, total + x.sum((0, 2, 3, 4)), square + (x ** 2).sum((0, 2, 3, 4))
     std = np.sqrt(np.maximum(square / n - (total / n) ** 2, 0))
+    std[std == 0] = 1  # a channel that never changes
     return {"latent_mean": (total / n).tolist(), "latent_std": std.tolist()}
 
 

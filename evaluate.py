@@ -41,7 +41,7 @@ from sample import (MODELS, CheckpointError, add_sampling_flags, change_actions,
                     check_sampling_flags, compile_blocks, continue_video, load_model, load_tokenizer_for,
                     replace, settings_of, to_latents, validation_clips)
 from tokenizer import TokenizerError
-from train import barrier, peak_gb, rank_and_world
+from train import barrier, device_of, peak_gb, rank_and_world
 
 PAPER_SIZES = {  # billions, Tables 1 and 2
     "masked": {"split": 0.220, "base": 0.321, "modality": 0.237, "full": 0.195},
@@ -73,16 +73,17 @@ def ssim(a, b):
     """Structural similarity of each frame (Wang et al., 2004) -> (n,): means, variances and covariance under
     a Gaussian window, 11 x 11 pixels, sigma 1.5, wherever it fits into the frame; mean over places and
     colours."""
-    planes = lambda x: torch.as_tensor(x).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None]  # (3n, 1, H, W)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    planes = lambda x: torch.as_tensor(x).to(device).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None]  # (3n, 1, H, W)
     a, b = planes(a), planes(b)
-    g = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    g = torch.exp(-((torch.arange(11.0, dtype=torch.float64, device=device) - 5) ** 2) / (2 * 1.5**2))
     g = g / g.sum()
     blur = lambda x: F.conv2d(F.conv2d(x, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11))
     m_a, m_b = blur(a), blur(b)
     v_a, v_b, cov = blur(a * a) - m_a**2, blur(b * b) - m_b**2, blur(a * b) - m_a * m_b
     c_1, c_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     s = (2 * m_a * m_b + c_1) * (2 * cov + c_2) / ((m_a**2 + m_b**2 + c_1) * (v_a + v_b + c_2))
-    return s.mean((1, 2, 3)).view(-1, 3).mean(1).numpy()
+    return s.mean((1, 2, 3)).view(-1, 3).mean(1).cpu().numpy()
 
 
 def interval(per_clip, n=10_000, seed=0):
@@ -228,6 +229,8 @@ def load_inception(file="", say=print):
         net, name = random_inception(), "random_inception"
     else:
         net, name, file = Inception(), "inception", file or cached
+        if not os.path.isfile(file):
+            raise DataError(f"there is no file {file}: give Inception's, from {INCEPTION_URL}, or: random")
         if not fingerprint(file).startswith(INCEPTION_SHA256):
             raise DataError(f"{file} is not the Inception of the FID literature (its SHA-256 does not begin "
                             f"with {INCEPTION_SHA256}): get {INCEPTION_URL}")
@@ -306,8 +309,9 @@ def set_scores(moments, features, seed=0, n_halves=50):
     halves = (part(rng.permutation(n)[: n // 2]) for _ in range(n_halves))
     spread = np.array([(gram_frechet(*g, d), kid(*g)) for g in halves])
     low, high = np.percentile(spread - spread.mean(0), [2.5, 97.5], axis=0)
+    narrower = math.sqrt(n * n_f / real.n)  # FD looks at all clips, where KID and the halves look at some
     fid, k = frechet(moments["model"], real), kid(*part(np.arange(n)))
-    return {"fid": fid, "fid_ci": [fid + low[0], fid + high[0]], "fid_frames": real.n,
+    return {"fid": fid, "fid_ci": [fid + low[0] * narrower, fid + high[0] * narrower], "fid_frames": real.n,
             "fid_copy_last": frechet(moments["copy_last"], real),
             "fid_floor": frechet(moments[0], moments[1]), "fid_floor_frames": moments[1].n,
             "kid": k, "kid_ci": [k + low[1], k + high[1]], "kid_frames": n * n_f}
@@ -384,6 +388,8 @@ def speed(model, tokenizer, clips, chosen, **settings):
     models are given latents: "samples/s", "video latent decoding speed"), and a first batch that warms up."""
     z = torch.cat([to_latents(clips[i]["video"], tokenizer) for i in chosen])
     past, actions = z.narrow(-3, 0, model.layout.T_p), torch.stack([clips[i]["actions"] for i in chosen])
+    if z.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         start, g = time.perf_counter(), torch.Generator().manual_seed(0)
         continue_video(model, tokenizer, past, actions, generator=g, **settings)
@@ -517,7 +523,8 @@ def run(args):
     rank, world = rank_and_world()
     say = print if rank == 0 else lambda *_: None
     if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        args.device = str(device_of()[1])
+    if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     if world > 1:
         dist.init_process_group("gloo")

@@ -162,7 +162,8 @@ class FlowHWM(nn.Module):
         if c.at_place:
             p, x = p + self.place.repeat(layout.T_p, 1), x + self.place.repeat(layout.T_f, 1)
             x = x + self.at_place(p[:, -layout.S :], a_f, layout)
-        x, rope = torch.cat([p, x, a], dim=1), self.rope(layout, X_t.device)  # (B, N, D): v_p, v_f, a_p, a_f
+        x = torch.cat([p, x, a], dim=1).float()  # (B, N, D): v_p, v_f, a_p, a_f; what blocks add up stays in float32
+        rope = self.rope(layout, X_t.device)
         for block in self.blocks:
             x = run_block(block, self.config.checkpoint_activations, x, time, layout, rope)
         shift, scale = self.modulation(time)[:, None].chunk(2, dim=-1)  # of the final layer

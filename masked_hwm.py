@@ -209,8 +209,8 @@ class MaskedHWM(nn.Module):
             for k in range(1, K + 1):
                 hidden = M & current
                 logits = self.logits(L, M, actions, where=hidden, memory=memory)
-                ids = torch.cat([draw_ids(probabilities(rows, temperature), generator)
-                                 for rows in logits.split(64)])  # so few that they fit a processor's cache
+                few = len(logits) if logits.is_cuda else 64  # rows that fit a processor's cache
+                ids = torch.cat([draw_ids(probabilities(rows, temperature), generator) for rows in logits.split(few)])
                 L = L.clone()
                 L[:, T_p:][hidden] = ids
                 if order == "confidence":  # certain tokens first; what is fixed already stays in front

@@ -120,8 +120,9 @@ def validation_clips(saved, path="", frames=17):
     for place in [path] if path else [data.get("source", ""), data["path"]]:
         if path or (place and os.path.exists(place)):
             clips = open_clips(place, "val")
-            if clips.kind == "raw":  # as it was encoded
-                clips = open_clips(place, "val", size=data.get("size"), frame_stride=data.get("frame_stride", 1))
+            if clips.kind == "raw":  # as it was encoded, or as the model's latents say (1X's own are Cosmos' 8 x 8 x 8)
+                size = data.get("size") or saved["model_config"]["W"] * saved["tokenizer"].get("spatial", 8)
+                clips = open_clips(place, "val", size=size, frame_stride=data.get("frame_stride", 1))
             return clips
     if data.get("built_in"):
         return open_clips(synth(os.path.join(HERE, "data", "robot"), splits=("val",), **data["built_in"]), "val")
@@ -206,6 +207,14 @@ def continue_video(model, tokenizer, past, actions, windows=1, generator=None, *
     return torch.cat(frames, dim=1)
 
 
+def longer(model, clips, i, n):
+    """The actions of clip i and the n after them -> (F + n, A), and how many of them are not recorded: there the robot
+    holds still."""
+    known = torch.cat([clips[i]["actions"], clips.more_actions(i, n)]) if n else clips[i]["actions"]
+    missing = len(clips[i]["actions"]) + n - len(known)
+    return change_actions("frozen", torch.cat([known, known[-1:].expand(missing, -1)]), model, clips, len(known)), missing
+
+
 def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1, **settings):
     """For `num` clips spread over `clips`: a dict with context (n, 9, H, W, 3), truth, prediction and other
     (n, 8 windows, H, W, 3), uint8. Same noise for prediction and other: only the actions differ."""
@@ -214,17 +223,11 @@ def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1,
     chosen = spread(clips, num)
     out = {"context": [], "truth": [], "prediction": [], "other": []}
     for j, i in enumerate(chosen):
-        clip = clips[i]
-        known = clip["actions"]
-        if windows > 1:
-            more = clips.more_actions(i, (windows - 1) * n_f)
-            missing = (windows - 1) * n_f - len(more)
-            if missing:
-                print(f"clip {i}: its recording ends {missing} frames before the rollout does; the robot holds still from there")
-            held = change_actions("frozen", torch.cat([known, more, known[-1:].expand(missing, -1)]), model, clips, n_p)
-            known = torch.cat([known, more, held[len(known) + len(more) :]])
-        another = clips[chosen[(j + 1) % num] if num > 1 else (i + len(clips) // 2) % len(clips)]["actions"]
-        another = torch.cat([another, another[-1:].expand(max(0, len(known) - len(another)), -1)])
+        clip, further = clips[i], (windows - 1) * n_f
+        known, missing = longer(model, clips, i, further)
+        if missing:
+            print(f"clip {i}: its recording ends {missing} frames before the rollout does; the robot holds still from there")
+        another, _ = longer(model, clips, chosen[(j + 1) % num] if num > 1 else (i + len(clips) // 2) % len(clips), further)
         different = change_actions(actions, known, model, clips, n_p, another)
         z = to_latents(clip["video"], tokenizer)
         past = z.narrow(z.ndim - 3, 0, model.layout.T_p).to(device)
@@ -396,7 +399,7 @@ def add_sampling_flags(p):
 
 
 def check_sampling_flags(args):
-    for name, low in (("steps", 1), ("num", 1), ("temperature", 0), ("rollout", 1)):
+    for name, low in (("steps", 1), ("num", 1), ("temperature", 0), ("rollout", 1), ("seed", 0)):
         value = getattr(args, name, None)
         if value is not None and value < low:
             raise DataError(f"--{name} {value} makes no sense: give at least {low}")
@@ -444,7 +447,7 @@ def main(argv=None):
         save_gif(rows, os.path.join(out, "dream.gif"), clips.hz)
         save_png(rows, os.path.join(out, "dream.png"))
         print(f"wrote {out}/dream.gif and {out}/dream.png in {time.time() - start:.0f} s")
-    except (DataError, TokenizerError, CheckpointError) as e:
+    except (DataError, TokenizerError, CheckpointError, OSError) as e:
         sys.exit(f"sample.py: {e}")
 
 

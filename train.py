@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from blocks import VARIANTS
-from data import DataError, action_statistics, encode, open_clips, split_folders, synth
+from data import DataError, action_statistics, encode, fingerprint, open_clips, split_folders, synth
 from sample import (MODELS, SAMPLING, CheckpointError, compile_blocks, dream, load_tokenizer_for, picture_rows, read_checkpoint,
                     replace, save_curve, save_gif)
 from tokenizer import TokenizerError
@@ -143,6 +143,10 @@ def prepare_data(config, say):
     if clips.kind != kind:
         raise DataError(f"{folder} holds {clips.kind} latents, but --model {config.model} is trained on {kind} ones: give a "
                         f"folder encoded with a {kind} tokenizer, or --model {'flow' if config.model == 'masked' else 'masked'}")
+    made_with = clips.meta.get("tokenizer", {})
+    if config.tokenizer and made_with.get("sha256", "") not in ("", fingerprint(config.tokenizer)):
+        raise TokenizerError(f"{folder} was not encoded with {config.tokenizer} (the SHA-256 of its tokenizer, "
+                             f"{made_with.get('path')}, differs): give that one, or leave --tokenizer out")
     return folder, config.tokenizer or clips.meta.get("tokenizer", {}).get("path", "")
 
 
@@ -186,24 +190,29 @@ def barrier():
 
 def device_of():
     """("cuda" or "cpu", this process's torch.device)"""
-    if torch.cuda.is_available():
-        return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return "cpu", torch.device("cpu")
+    if not torch.cuda.is_available():
+        return "cpu", torch.device("cpu")
+    here, n = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > n:
+        raise DataError(f"there are {n} CUDA devices for {here} processes: give --nproc_per_node={n}, or hide them with "
+                        "CUDA_VISIBLE_DEVICES= to train on the CPU")
+    return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def faster_dtype(kind, device):
-    """bfloat16 where a matrix product in it is at least 1.3 times as fast here as in float32, by measurement."""
+    """bfloat16 where the processor multiplies it at least 1.3 times as fast as float32, by measurement, or the GPU has
+    units for it."""
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(256, 256, device=device).to(dtype)
         a @ a
         start = time.perf_counter()
-        for _ in range(2 if kind == "cpu" else 20):
+        for _ in range(2):
             a = a @ a
         a.sum().item()
         seconds[dtype] = time.perf_counter() - start
-    if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
 
 
@@ -309,7 +318,7 @@ def resume(saved, model, optimizer, ema, config, about):
     """Puts the state of a checkpoint back; a run that differs in anything that changes its course is refused. What is
     random in training is a function of seed and position; the generator is put back for what else may use it."""
     free = {"resume", "stop_after", "keep", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard", "dtype",
-            "encode", "accum", "preset", "checkpoint_activations"}
+            "encode", "accum", "preset", "checkpoint_activations", "tokenizer"}
     old, new = {**saved["config"], **saved["model_config"]}, {**asdict(config), **about["model_config"]}
     differ = [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
     if differ:
@@ -379,6 +388,8 @@ def model_config(config, clips):
 
 def check_numbers(config):
     """Before the work: numbers that make no sense."""
+    if config.seed >= 2**23:  # what is random in clip p is seeded with the bits of both
+        raise DataError(f"--seed {config.seed} is too large: give less than {2**23}")
     lowest = {"steps": 1, "batch": 1, "accum": 0, "lr": 0, "warmup": 0, "weight_decay": 0, "grad_clip": 0, "ema": 0, "seed": 0,
               "keep": 0, "stop_after": 0, "workers": -1, "log_every": 1, "save_every": 1, "sample_every": -1, "frames": 1}
     for name, low in lowest.items():
@@ -392,9 +403,13 @@ def model_options(config):
     """--set: "n_layer=8,drop=actions" -> {"n_layer": 8, "drop": "actions"}, by the types of the configuration's fields."""
     _, Config, presets = MODELS[config.model]
     text, defaults, chosen = config.set, asdict(Config(**presets[config.preset])), {}
-    words = {"t_sampling": ("uniform", "logit-normal"), "drop": ("actions", "past", "both"), "variant": VARIANTS}
+    words = {"t_sampling": ("uniform", "logit-normal"), "drop": ("actions", "past", "both")}
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
+        decided = {"variant": "--variant", "checkpoint_activations": "--checkpoint_activations"}
+        decided |= dict.fromkeys(("T_p", "T_f", "H", "W", "temporal", "action_dim", "vocab_size", "channels", "levels"), "the data")
+        if name in decided and name in defaults:
+            raise DataError(f"--set {item}: that is for {decided[name]} to say")
         if name not in defaults:
             raise DataError(f"--set {item}: there is no {name or 'option without a name'}; the options are {', '.join(defaults)}")
         kind = type(defaults[name])
@@ -406,8 +421,9 @@ def model_options(config):
             choice = " or ".join(words.get(name, [f"a {kind.__name__} as {defaults[name]}"]))
             raise DataError(f"--set {item}: {name} takes {choice}") from None
     width, n_head = (chosen.get(k, defaults[k]) for k in ("width", "n_head"))
-    if ("width" in chosen or "n_head" in chosen) and width % (2 * n_head):
-        raise DataError(f"--set {text}: the width {width} cannot be divided into {n_head} heads of an even size; give both")
+    if width % (n_head if config.model == "flow" else 2 * n_head):  # masked turns all of a head, in pairs
+        raise DataError(f"--set {text}: the width {width} cannot be divided into {n_head} heads of "
+                        f"{'one' if config.model == 'flow' else 'an even'} size; give both")
     return chosen
 
 
@@ -481,7 +497,7 @@ def train(config):
         fully_shard(model)
     elif world > 1:
         runner = DistributedDataParallel(model, device_ids=[device.index] if kind == "cuda" else None,
-                                         gradient_as_bucket_view=True)
+                                         gradient_as_bucket_view=True, broadcast_buffers=False)  # they are constants
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -572,12 +588,11 @@ def train(config):
             save_checkpoint(file, model, optimizer, ema, step, config, about)
         if (config.sample_every > 0 and step % config.sample_every == 0) or (done and config.sample_every >= 0):
             show(config, about, sizes, ema, folder, step, device)
-        if interrupted:
-            bar.close()
+        if interrupted and not done:
             say(f"stopped after step {step}; the same command with --resume goes on from {file}")
             break
-    else:
-        bar.close()
+    bar.close()
+    if step >= config.steps:
         say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
     if dist.is_initialized():
         dist.destroy_process_group()

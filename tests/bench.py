@@ -30,6 +30,7 @@ from sample import MODELS, SAMPLING, compile_blocks
 from train import Stream, TrainConfig, count_flops, faster_dtype, positions
 
 CUDA = torch.cuda.is_available()
+torch.backends.cuda.matmul.allow_tf32 = True  # as train.py does
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 

@@ -689,12 +689,30 @@ def test_linear_cross_entropy_is_the_plain_one(chunk, n):
         close(LinearCrossEntropy.apply(h, w, b, y, chunk), plain)
 
 
+@pytest.mark.parametrize("d", [8, 5, 293])
+def test_filled_up_heads_attend_alike(d):
+    q, k, v = torch.randn(3, 2, 2, 6, d, generator=generator(), requires_grad=True).unbind()
+    plain = (q @ k.transpose(-1, -2) / d**0.5).softmax(-1) @ v
+    close(blocks.attention(q, k, v), plain)
+
+
+def test_what_blocks_add_up_stays_in_float32():
+    """Under bfloat16 autocast products are bfloat16; 34 of them added in bfloat16 would lose what the first ones said."""
+    model, (latents, actions) = toy_model("flow", "full"), toy_clips("flow")
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(latents, actions, toy_draws(model))
+    assert set(seen) == {torch.float32}
+
+
 def test_flops_are_those_of_the_textbook():
     """A layer more costs qkv, out, MLP and attention; the masked loss one product with the table where nobody asks for
     gradients. On the CPU, too, whose attention torch's own counter leaves out."""
     cost = {}
     for n in (3, 4):
-        model, clips = toy_model("flow", "full", n_layer=n), toy_clips("flow")
+        model, clips = toy_model("flow", "full", n_layer=n, n_head=3), toy_clips("flow")
         cost[n] = count_flops(lambda: model(*clips, toy_draws(model)))
     B, N, c = len(clips[0]), sum(model.layout.lengths), model.config
     layer = B * (2 * N * 4 * D * D + 4 * N * D * c.hidden + 4 * N * N * D + 2 * C * 6 * D)

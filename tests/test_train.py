@@ -154,7 +154,8 @@ def test_micro_batches_by_themselves(toy, monkeypatch):
 
 
 @pytest.mark.parametrize("name, value", [("steps", -5), ("lr", -1), ("lr", float("nan")), ("batch", -2), ("ema", 1.0), ("log_every", 0),
-                                         ("save_every", 0), ("weight_decay", -0.1), ("grad_clip", -1), ("accum", -1)])
+                                         ("save_every", 0), ("weight_decay", -0.1), ("grad_clip", -1), ("accum", -1),
+                                         ("seed", 2**24), ("seed", -1)])
 def test_bad_numbers_are_one_sentence_before_any_work(tmp_path, monkeypatch, name, value):
     monkeypatch.chdir(tmp_path)
     said = ends(training.main, "--model", "flow", "--variant", "full", "--preset", "tiny", f"--{name}", value)
@@ -167,8 +168,9 @@ def test_flags_of_the_other_model_are_refused(trained, tmp_path, model, flag, va
     assert f"--{flag}" in ends(sample.main, "--ckpt", f"{trained[model]}/ckpt.pt", "--out", tmp_path, f"--{flag}", value)
 
 
-@pytest.mark.parametrize("text, word", [("n_layer", "n_layer"), ("n_layer=abc", "int"), ("n_head=7", "width 24"), ("colour=3", "colour"), ("n_layer=-1", "n_layer"), ("drop=most", "drop"),
-                                        ("width=30,n_head=4", "heads")])
+@pytest.mark.parametrize("text, word", [("n_layer", "n_layer"), ("n_layer=abc", "int"), ("n_head=7", "width 24"), ("colour=3", "colour"), ("n_layer=-1", "n_layer"),
+                                        ("drop=most", "drop"), ("width=30,n_head=4", "heads"), ("H=99", "the data"),
+                                        ("variant=base", "--variant"), ("checkpoint_activations=x", "--checkpoint")])
 def test_bad_model_options_are_one_sentence(toy, tmp_path, text, word):
     assert word in ends(training.main, *flags(toy, tmp_path, "flow", set=text))
 
@@ -627,6 +629,41 @@ def test_rollout_goes_on_from_the_dream(toy, trained, model):
     assert np.array_equal(long["truth"], short["truth"])
     same = sample.dream(net, tokenizer, clips, num=2, actions="true", **few)
     assert np.array_equal(same["prediction"], same["other"]), "the same noise: only the actions differ"
+
+
+def test_beyond_the_recording_the_robot_holds_still(toy, trained):
+    """Recorded as long as there is a recording, then the last pose, not an earlier one."""
+    net, _ = sample.load_model(f"{trained['masked']}/ckpt.pt")
+    clips = data.open_clips(f"{toy}/raw", "val")
+    i = next(i for i in range(len(clips)) if 0 < len(clips.more_actions(i, 1000)) < 900)
+    more = clips.more_actions(i, 1000)
+    actions, missing = sample.longer(net, clips, i, len(more) + 5)
+    assert missing == 5 and torch.equal(actions[:-5], torch.cat([clips[i]["actions"], more]))
+    still = more[-1].clone()
+    still[[clips.names.index(f"{x}_VELOCITY") for x in ("LINEAR", "ANGULAR")]] = 0
+    assert torch.equal(actions[-5:], still.expand(5, -1))
+
+
+def test_raw_frames_beside_tokens_that_do_not_say_their_size(toy, trained):
+    """1X's tokens come without the size of their frames: it follows from the model's latents."""
+    _, saved = sample.load_model(f"{trained['masked']}/ckpt.pt")
+    saved = dict(saved, data=dict(saved["data"], size=None), tokenizer={"path": ""})
+    saved["model_config"] = dict(saved["model_config"], W=2)
+    assert sample.validation_clips(saved, f"{toy}/raw").size == 16
+
+
+def test_more_processes_than_gpus_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(data.DataError, match="--nproc_per_node=1"):
+        training.device_of()
+
+
+def test_another_tokenizer_than_the_datas_is_refused_at_once(toy, tmp_path):
+    c = config(toy, tmp_path / "x", "masked", tokenizer=f"{toy}/cv.pt")
+    with pytest.raises(tok.TokenizerError, match="not encoded with"):
+        training.prepare_data(c, print)
 
 
 def test_named_motions_by_hand(toy, trained):
