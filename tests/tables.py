@@ -142,9 +142,9 @@ def defaults(args):
         line("masked: temperature", T, base["masked"], "--temperature", T)
     options = ("", "t_sampling=logit-normal", "drop=actions", "drop=past", "p_drop=0")  # a training for each, all alike
     for option in options if args.option_steps else ():
-        as_it_is = not option and args.option_steps == (args.steps or PRESETS["tiny", "flow"]["steps"])
-        ckpt = base["flow"] if as_it_is else trained(f"{args.out}/option_{option or 'none'}", "flow", "full",
-                                                     "--steps", args.option_steps, "--set", option)
+        if not option and args.option_steps == (args.steps or PRESETS["tiny", "flow"]["steps"]):
+            continue  # that is the model of the lines above
+        ckpt = trained(f"{args.out}/option_{option or 'none'}", "flow", "full", "--steps", args.option_steps, "--set", option)
         for cfg in (1.0,) if option.startswith(("t_", "p_")) else (1.0, 1.5, 2.0):
             line(f"flow, {args.option_steps} steps: {option or 'as it is'}", f"guidance {cfg}", ckpt, "--cfg", cfg)
     return "\n".join(lines)
