@@ -292,8 +292,8 @@ class MaskedBlock(nn.Module):
         q, k, v = weights.project(self.norm_t(stream), rope)
         if S is None:
             return stream + weights.out(merge(attention(q, k, v)))
-        y = attention(*(at_places(y, S) for y in (q, k, v)))
-        return stream + weights.out(merge(rearrange(y, "b h s t d -> b h (t s) d")))
+        y = attention(*(at_places(y, S).flatten(1, 2) for y in (q, k, v)))
+        return stream + weights.out(merge(rearrange(y, "b (h s) t d -> b h (t s) d", s=S)))
 
     def context(self, rest, layout, rope):
         """rest (B, N - T_f * S, D): v_p, a_p, a_f -> the same after this layer, and the keys and values that v_f will see."""

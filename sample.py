@@ -90,8 +90,9 @@ def load_model(file, device="cpu", weights="ema"):
 
 
 def compile_blocks(model):
-    """Block by block: they are alike, so that a compiler's work is done once for all."""
-    for block in model.blocks:
+    """Block by block: they are alike, so that a compiler's work is done once for all. Not the last, which is unlike them and
+    whose gradient torch 2.13 compiles wrongly for CPUs (masked: several percent off; tests/test_models.py looks at it)."""
+    for block in model.blocks[:-1]:
         block.compile()
         for part in ("context", "future"):  # what the sampler of masked split asks for instead of the whole
             if hasattr(block, part):
