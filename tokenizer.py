@@ -53,6 +53,14 @@ PRESETS = {
 }
 
 
+class DataError(ValueError):
+    """Bad input; the message is one sentence for the user."""
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 class TokenizerError(ValueError):
     """A tokenizer file or an input that cannot be used; the message is one sentence for the user."""
 
