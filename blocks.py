@@ -87,8 +87,8 @@ class Layout(NamedTuple):
 
 
 def per_set(functions, x, sharing, lengths):
-    """Applies each weight set's function to the slice of tokens which that set serves. lengths: of the
-    streams in x (B, N, D) -> (B, N, E)."""
+    """Each weight set has a function; it is applied to the slice of tokens that the set serves. x (B, N, D)
+    holds streams of the given lengths -> (B, N, E), what the functions made of them, in the same order."""
     sizes = [0] * len(functions)
     for i, n in zip(SHARING[sharing], lengths):
         sizes[i] += n
@@ -119,8 +119,7 @@ def rotate(x, rope):
 
 
 def axis_dims(d):
-    """How many dimensions of a head rotate with time, row, column: of 293 it is 100, 96, 96, and one
-    stays."""
+    """How many dimensions of a head rotate by time, row and column: of 293 it is 100, 96, 96; one stays."""
     space = d // 3 // 2 * 2
     time = (d - 2 * space) // 2 * 2
     return (time, space, space)
