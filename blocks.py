@@ -33,7 +33,6 @@ SHARING = {  # which weight set serves v_p, v_f, a_p, a_f
     "full": (0, 0, 0, 0),
 }
 
-
 def layer_variants(variant, n_layer):
     """The variant of each layer. modality and full keep their first four layers as base (Sec. 2.4), or, with
     fewer layers than the paper's 17, the same share of them."""
@@ -42,9 +41,7 @@ def layer_variants(variant, n_layer):
     n_base = min(4, max(1, round(n_layer * 4 / 17)))
     return ["base"] * n_base + [variant] * (n_layer - n_base)
 
-
 # ---- the four streams ----------------------------------------------------------------------------
-
 
 class Layout(NamedTuple):
     """The sizes of the four streams. T latent frames stand for 1 + temporal * (T - 1) video frames."""
@@ -85,7 +82,6 @@ class Layout(NamedTuple):
         frames, zero = torch.arange(sum(self.lengths[2:])).float(), torch.zeros(1)
         return torch.cat([video, torch.cartesian_prod(frames, zero, zero)])
 
-
 def per_set(functions, x, sharing, lengths):
     """Each weight set has a function; it is applied to the slice of tokens that the set serves. x (B, N, D)
     holds streams of the given lengths -> (B, N, E), what the functions made of them, in the same order."""
@@ -95,9 +91,7 @@ def per_set(functions, x, sharing, lengths):
     slices = x.split(sizes, dim=1)
     return torch.cat([f(tokens) for f, tokens in zip(functions, slices)], dim=1)
 
-
 # ---- rotary position embedding (Su et al., 2023), for any number of axes -------------------------
-
 
 def rope_table(positions, dims, theta=10000.0):
     """positions (N, axes); dims: how many dimensions of a head each axis rotates, even numbers
@@ -109,7 +103,6 @@ def rope_table(positions, dims, theta=10000.0):
     angles = torch.cat(angles, dim=1)
     return torch.stack([angles.cos(), angles.sin()])
 
-
 def rotate(x, rope):
     """x (..., N, d) rotated by rope (2, N, R / 2). Dimension i pairs with i + R / 2; those from R on stay."""
     cos, sin = rope.to(x.dtype)
@@ -117,19 +110,16 @@ def rotate(x, rope):
     a, b, rest = x.split([n, n, d - 2 * n], dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
-
 def axis_dims(d):
     """How many dimensions of a head rotate by time, row and column: of 293 it is 100, 96, 96; one stays."""
     space = d // 3 // 2 * 2
     time = (d - 2 * space) // 2 * 2
     return (time, space, space)
 
-
 @functools.lru_cache
 def flow_rope(layout, d, device):
     """Flow-HWM rotates by time, row and column at once: (2, N, d / 2). Computed once for a layout."""
     return rope_table(layout.positions(), axis_dims(d)).to(device)
-
 
 @functools.lru_cache
 def masked_rope(layout, d, device):
@@ -139,19 +129,15 @@ def masked_rope(layout, d, device):
     space = rope_table(row_and_column[: layout.S], (d // 2, d // 2))
     return space.to(device), rope_table(time, (d,)).to(device)
 
-
 # ---- parts of both blocks ------------------------------------------------------------------------
-
 
 def heads(x, parts, n_head):
     """(B, N, parts * D) -> a list of `parts` tensors (B, h, N, d): D is divided into h heads of width d."""
     return [rearrange(y, "b n (h d) -> b h n d", h=n_head) for y in x.chunk(parts, dim=2)]
 
-
 def merge(x):
     """(B, h, N, d) -> (B, N, D), the inverse of `heads`."""
     return rearrange(x, "b h n d -> b n (h d)")
-
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for (B, h, N, d). The fast kernels of a GPU want d to be a multiple of 8,
@@ -162,7 +148,6 @@ def attention(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
     q, k, v = (F.pad(x, (0, zeros)) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
-
 
 class SelfAttention(nn.Module):
     """Attention of all given tokens to each other."""
@@ -180,11 +165,9 @@ class SelfAttention(nn.Module):
         q, k, v = self.project(x, rope)
         return self.out(merge(attention(q, k, v)))
 
-
 class MLP(nn.Sequential):
     def __init__(self, D, hidden):
         super().__init__(nn.Linear(D, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, D))
-
 
 def initialize(model):
     """Weights from N(0, 0.02), biases zero. AtPlace keeps PyTorch's wider weights: it shall count at once."""
@@ -196,13 +179,10 @@ def initialize(model):
         elif name.endswith("bias"):
             nn.init.zeros_(p)
 
-
 # ---- the block of Masked-HWM (Fig. 2) ------------------------------------------------------------
-
 
 def by_position(x, S):
     return rearrange(x, "b h (t s) d -> b h s t d", s=S)
-
 
 def temporal_attention(q, k, v, k_a, v_a, S):
     """Video attends to video and actions. For each position s: attention(q_s, [k_s; k_a], [v_s; v_a]), where
@@ -219,7 +199,6 @@ def temporal_attention(q, k, v, k_a, v_a, S):
     from_actions = rearrange(to_actions, "b h s t a -> b h (t s) a") @ v_a
     return from_video + from_actions
 
-
 def action_attention(q_a, k, v, k_a, v_a, S):
     """Actions attend to video and actions. For each position s: attention(q_a, [k_s; k_a], [v_s; v_a]); then
     the mean over positions -> (B, h, A, d). The scores among actions are the same at every position, and in a
@@ -234,7 +213,6 @@ def action_attention(q_a, k, v, k_a, v_a, S):
     to_video = rearrange(to_video, "b h a t s -> b h a (t s)")
     to_actions = to_actions.softmax(dim=3) * one_key.sum(dim=4)
     return to_video.type_as(v) @ v + to_actions.type_as(v) @ v_a
-
 
 class MaskedBlock(nn.Module):
     """All streams share the attentions; the variant decides how many MLPs there are, as Table 1's sizes
@@ -342,16 +320,13 @@ class MaskedBlock(nn.Module):
         v_f = v_f + self.cross_out(merge(y))
         return v_f + self.mlp[0](self.norm_m(v_f))
 
-
 # ---- the block of Flow-HWM (Fig. 3) --------------------------------------------------------------
-
 
 class Modulation(NamedTuple):
     """What the time does to a sub-layer f (Peebles & Xie, 2023): gate * f((1 + scale) * norm(x) + shift)."""
     shift: torch.Tensor  # beta in the paper, (B or 1, 1, D)
     scale: torch.Tensor  # alpha
     gate: torch.Tensor  # gamma
-
 
 class Modulate(nn.Module):
     """Time embedding c (B or 1, C) -> n Modulations."""
@@ -368,15 +343,12 @@ class Modulate(nn.Module):
         """Gates start at one: at first every block is a plain transformer layer."""
         self.linear.bias.data.view(self.n, 3, -1)[:, 2] = 1
 
-
 def norm(x):
     """Layer norm without weights."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
-
 def modulate(x, m):
     return norm(x) * (1 + m.scale) + m.shift
-
 
 class StreamWeights(nn.Module):
     """One weight set of a FlowBlock."""
@@ -394,7 +366,6 @@ class StreamWeights(nn.Module):
         output = lambda y: m_0.gate * self.out(y)
         feed_forward = lambda x: m_1.gate * self.mlp(modulate(x, m_1))
         return project, output, feed_forward
-
 
 class CrossAttention(nn.Module):
     """v_f attends to v_p, a_p and a_f, each with its own projection to keys and values."""
@@ -415,7 +386,6 @@ class CrossAttention(nn.Module):
         (q,) = heads(self.q(modulate(v_f, m)), 1, self.n_head)
         q, k = rotate(q, rope_vf), rotate(k, torch.cat([rope_vp, rope_ap, rope_af], dim=1))
         return m.gate * self.out(merge(attention(q, k, v)))
-
 
 class FlowBlock(nn.Module):
     """Attention and MLP, with a weight set for each stream, for each modality, or for all. split shares like
@@ -457,13 +427,11 @@ class FlowBlock(nn.Module):
         # 3. The MLP of each weight set, modulated again.
         return x + per_set(feed_forward, x, self.sharing, remaining)
 
-
 # ---- running blocks ------------------------------------------------------------------------------
 
 PRODUCTS = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu",
             "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
             "_scaled_dot_product_cudnn_attention")  # torch's names of matrix products and attentions
-
 
 def run_block(block, stored, x, *args):
     """block(x, *args), which normally stores all that its gradient will need. stored="products": it stores
@@ -477,25 +445,20 @@ def run_block(block, stored, x, *args):
     store_products = functools.partial(create_selective_checkpoint_contexts, products)
     return checkpoint(block, x, *args, use_reentrant=False, context_fn=store_products)
 
-
 def compile_blocks(model):
-    """Compiles block by block: they are alike, so a compiler's work is done once for all. The last one
-    differs, and torch 2.13 compiles its gradient wrongly on CPUs (masked: several percent off), so it stays
-    as it is."""
+    """Compiles block by block: they are alike, so the compiler's work is done once. The last one differs, and
+    torch 2.13 compiles its gradient wrongly on CPUs (masked: several percent off), so it stays as it is."""
     for block in model.blocks[:-1]:
         block.compile()
         if hasattr(block, "update_context"):  # the sampler of masked split calls these two, not the block
             block.update_context = torch.compile(block.update_context)
             block.update_future = torch.compile(block.update_future)
 
-
 # ---- what both models and their configurations need ----------------------------------------------
-
 
 def knob(default, help, **more):
     """A field of a configuration: its default, and the help text and choices of its flag in train.py."""
     return field(default=default, metadata={"help": help, **more})
-
 
 def check_knobs(config):
     """Raises a DataError for a field that is none of its choices, or for an integer below 1."""
@@ -505,7 +468,6 @@ def check_knobs(config):
             raise DataError(f"{f.name} cannot be {value!r}: give {' or '.join(choices)}")
         if f.type is int and value < 1:
             raise DataError(f"{f.name} cannot be {value}: give at least 1")
-
 
 class Standardise(nn.Module):
     """(x - mean) / std along one dimension of x, by statistics of the training split, which travel with the
@@ -523,9 +485,7 @@ class Standardise(nn.Module):
     def inverse(self, x):
         return x * self.std.view(self.shape) + self.mean.view(self.shape)
 
-
 # ---- not in the paper: what helps small models ---------------------------------------------------
-
 
 class AtPlace(nn.Module):
     """Gives each future token what attention would have to find first: the neighbourhood of its position in
@@ -547,7 +507,6 @@ class AtPlace(nn.Module):
         shift, scale = self.actions(actions).chunk(2, dim=3)
         return (self.out(F.gelu(around * (1 + scale))) + shift).flatten(1, 2)
 
-
 class DigitTable(nn.Module):
     """An id of FSQ is a number with one digit for each channel of the code, and ids that agree in a digit
     look alike. Here every value of every digit has a vector, and an id gets the sum of the vectors of its
@@ -566,14 +525,11 @@ class DigitTable(nn.Module):
         """-> (vocab, D)"""
         return self.digits @ self.weight
 
-
 # ---- a walk --------------------------------------------------------------------------------------
-
 
 def show(what, x):
     """One line of a walk: what a tensor is, and its shape."""
     print(f"{what:58s} {tuple(x.shape) if torch.is_tensor(x) else x}")
-
 
 def main():
     layout, x = Layout(T_p=2, T_f=1, H=8, W=8, temporal=8), torch.randn(1, 209, 48)
@@ -588,7 +544,6 @@ def main():
         show("parameters of a layer of the paper's Flow-HWM", count_parameters(flow))
         last, rope = MaskedBlock(48, 2, 96, variant, last=True), masked_rope(layout, 24, x.device)
         show("v_f after a last MaskedBlock", last(x, layout, rope))
-
 
 if __name__ == "__main__":
     main()

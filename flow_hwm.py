@@ -25,7 +25,6 @@ from tokenizer import DataError
 
 KIND = "continuous"  # the latents that this model dreams
 
-
 @dataclass
 class FlowConfig:
     """Sizes and options; the defaults are the paper's (Sec. 3.2, Table 2)."""
@@ -62,7 +61,6 @@ class FlowConfig:
         if not 0 <= self.p_drop < 1:
             raise DataError(f"p_drop cannot be {self.p_drop}: give a probability from 0 to below 1")
 
-
 PRESETS = {
     "paper": dict(),
     "tiny": dict(n_layer=5, n_head=4, width=128, hidden=512, time_width=64, H=8, W=8, patch=1, at_place=True),
@@ -76,7 +74,6 @@ SAMPLING = {  # paper: Sec. 3.2; tiny: the best of those measured (README)
     "tiny": dict(steps=5, cfg=2.0),
 }
 
-
 def sampling_defaults(config, preset):
     """The sampler's settings for a model. One that never dropped its conditions in training is not guided."""
     settings = dict(SAMPLING[preset])
@@ -84,20 +81,16 @@ def sampling_defaults(config, preset):
         settings["cfg"] = 1.0
     return settings
 
-
 # ---- flow matching: the path, its velocity, and how to follow it ---------------------------------
-
 
 def interpolate(X_0, X_1, t, sigma_min):
     """Eq. 1: X_t = t X_1 + (1 - (1 - sigma_min) t) X_0, with one time per clip, t (B,)."""
     t = t.view(-1, *[1] * (X_1.ndim - 1))
     return t * X_1 + (1 - (1 - sigma_min) * t) * X_0
 
-
 def target_velocity(X_0, X_1, sigma_min):
     """Eq. 2: V_t = dX_t / dt = X_1 - (1 - sigma_min) X_0. The line is straight, so t does not appear."""
     return X_1 - (1 - sigma_min) * X_0
-
 
 def integrate(velocity, X_0, steps, method="euler", trace=None):
     """Follows dX / dt = velocity(X, t) from X_0 at t = 0 -> X at t = 1. Euler's method goes by the velocity at
@@ -115,16 +108,13 @@ def integrate(velocity, X_0, steps, method="euler", trace=None):
         trace.append(X)
     return X
 
-
 # ---- the model -----------------------------------------------------------------------------------
-
 
 def time_embedding(t, width):
     """Sines and cosines of t in [0, 1], as DDPM has them for a thousand steps. (B,) -> (B, width)"""
     exponents = torch.arange(width // 2, device=t.device) / (width // 2)
     angles = torch.outer(1000 * t, torch.exp(-math.log(10_000) * exponents))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
 
 class FlowHWM(nn.Module):
     def __init__(self, config):
@@ -262,12 +252,9 @@ class FlowHWM(nn.Module):
             trace[:] = [self.standardise_latents.inverse(X) for X in trace]
         return self.standardise_latents.inverse(X_1)
 
-
 Model, Config = FlowHWM, FlowConfig
 
-
 # ---- a walk --------------------------------------------------------------------------------------
-
 
 def main():
     torch.manual_seed(0)
@@ -290,7 +277,6 @@ def main():
     model.sample(v_p, actions, steps=4, cfg=3.0, trace=trace)
     show("dreamt latents, after 4 Euler steps with guidance", trace[-1])
     show("    their standard deviation on the way", ", ".join(f"{X.std():.2f}" for X in trace))
-
 
 if __name__ == "__main__":
     main()

@@ -25,7 +25,6 @@ from tokenizer import DataError
 
 KIND = "discrete"  # the latents that this model dreams
 
-
 @dataclass
 class MaskedConfig:
     """Sizes and options; the defaults are the paper's (Sec. 3.1, Table 1)."""
@@ -58,7 +57,6 @@ class MaskedConfig:
         if self.share_digits and math.prod(self.levels) != self.vocab_size:
             raise DataError(f"levels {self.levels} do not make {self.vocab_size} ids: leave share_digits out")
 
-
 PRESETS = {
     "paper": dict(),
     "tiny": dict(n_layer=5, n_head=4, width=128, hidden=512, vocab_size=4375, H=8, W=8, at_place=True,
@@ -73,36 +71,29 @@ SAMPLING = {  # paper: Sec. 3.1; tiny: the best of those measured (README)
     "tiny": dict(K=2, temperature=0.0),
 }
 
-
 def sampling_defaults(config, preset):
     """The sampler's settings for a model."""
     return dict(SAMPLING[preset])
 
-
 # ---- hiding tokens, choosing tokens --------------------------------------------------------------
-
 
 def gamma(r):
     """Share of a frame that is hidden, for r in [0, 1]: all at 0, nothing at 1 (MaskGIT's cosine
     schedule)."""
     return torch.cos(math.pi / 2 * r)
 
-
 def n_fixed(k, K, n):
     """How many of a frame's n tokens are fixed after step k of K: a share 1 - gamma(k / K), all after the
     last."""
     return round(n * (1 - math.cos(math.pi * k / (2 * K))))
 
-
 def ranks(score):
     """score (B, n) -> the rank of each entry in its row, 0 for the smallest."""
     return score.argsort(dim=1, stable=True).argsort(dim=1)
 
-
 def probabilities(logits, temperature):
     """Softmax of logits / temperature, (n, vocab)."""
     return (logits.float() / temperature).softmax(dim=1)
-
 
 def draw_ids(p, generator=None):
     """One id for each row of p (n, vocab): the first whose cumulative probability exceeds a random number."""
@@ -111,7 +102,6 @@ def draw_ids(p, generator=None):
     ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     return ids.clamp(max=p.shape[1] - 1)[:, 0]
 
-
 def choose_ids(logits, temperature, generator=None):
     """One id for each row of logits (n, vocab). At temperature 0 it is the likeliest id. Some rows at a time,
     so that the tables of probabilities fit a processor's cache, and a GPU's memory."""
@@ -119,7 +109,6 @@ def choose_ids(logits, temperature, generator=None):
         return logits.argmax(dim=1)
     chunks = logits.split(1024 if logits.is_cuda else 64)
     return torch.cat([draw_ids(probabilities(rows, temperature), generator) for rows in chunks])
-
 
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(F.linear(h, weight, bias), targets, reduction="sum"), for some rows of h at a time: the
@@ -145,9 +134,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         return *[grad * g for g in ctx.saved_tensors], None, None
 
-
 # ---- the model -----------------------------------------------------------------------------------
-
 
 class MaskedHWM(nn.Module):
     def __init__(self, config):
@@ -301,12 +288,9 @@ class MaskedHWM(nn.Module):
                     trace.append((L.clone(), M.clone()))
         return L[:, T_p:]
 
-
 Model, Config = MaskedHWM, MaskedConfig
 
-
 # ---- a walk --------------------------------------------------------------------------------------
-
 
 def main():
     torch.manual_seed(0)
@@ -327,7 +311,6 @@ def main():
     trace = []
     show("dreamt ids", model.sample(L[:, :2], actions, K=4, trace=trace))
     show("    hidden tokens of a clip after each of K = 4 steps", [int(M[0].sum()) for _, M in trace])
-
 
 if __name__ == "__main__":
     main()
