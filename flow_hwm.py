@@ -93,8 +93,8 @@ def target_velocity(X_0, X_1, sigma_min):
     return X_1 - (1 - sigma_min) * X_0
 
 def integrate(velocity, X_0, steps, method="euler", trace=None):
-    """Follows dX / dt = velocity(X, t) from X_0 at t = 0 -> X at t = 1. Euler's method goes by the velocity at
-    the beginning of each step; midpoint goes by a second one, asked for in the middle of the step.
+    """Follows dX / dt = velocity(X, t) from X_0 at t = 0 -> X at t = 1. Euler's method goes by the velocity
+    at the beginning of each step; midpoint goes by a second one, asked for in the middle of the step.
     trace: a list that receives X_0, and X after every step."""
     X, dt = X_0, 1 / steps
     trace = [] if trace is None else trace

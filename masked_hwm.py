@@ -239,7 +239,7 @@ class MaskedHWM(nn.Module):
 
     def corrupt(self, L, draws):
         """Sec. 2.2: ids everywhere become random ones at a rate rho ~ U(0, rho_max), as in Copilot-4D; then
-        ids of each future frame are hidden at the rate gamma(r), r ~ U(0, 1). -> noisy ids (a new tensor), M"""
+        ids of each future frame are hidden at the rate gamma(r), r ~ U(0, 1). -> noisy ids, M"""
         noisy = draws["u_noise"] < draws["rho"].view(-1, 1, 1, 1)
         M = draws["u_mask"] < gamma(draws["r"])[..., None, None]
         return torch.where(noisy, draws["random_ids"], L), M

@@ -74,8 +74,14 @@ def clip_starts(segments, length):
     return clips.starts
 
 
+def points(m, S):
+    """2 d points whose mean is m and whose covariance is S."""
+    steps = np.linalg.cholesky(S).T * np.sqrt(len(m) - 0.5)
+    return m + np.concatenate([steps, -steps])
+
+
 def frechet(m1, S1, m2, S2):
-    return evaluate.frechet(*(evaluate.Moments(2, m, S) for m, S in ((m1, S1), (m2, S2))))
+    return evaluate.frechet(points(m1, S1), points(m2, S2))
 
 
 OWN = {"01": flow_hwm.interpolate, "02": flow_hwm.integrate, "03": guided, "04": temporal_attention, "05": add_residuals,
