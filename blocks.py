@@ -83,8 +83,8 @@ class Layout(NamedTuple):
         return torch.cat([video, torch.cartesian_prod(frames, zero, zero)])
 
 def per_set(functions, x, sharing, lengths):
-    """Applies each weight set's function to the slice of tokens which that set serves. lengths: of the
-    streams in x (B, N, D) -> (B, N, E)."""
+    """Each weight set has a function; it is applied to the slice of tokens that the set serves. x (B, N, D)
+    holds streams of the given lengths -> (B, N, E), what the functions made of them, in the same order."""
     sizes = [0] * len(functions)
     for i, n in zip(SHARING[sharing], lengths):
         sizes[i] += n
@@ -111,8 +111,7 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 def axis_dims(d):
-    """How many dimensions of a head rotate with time, row, column: of 293 it is 100, 96, 96, and one
-    stays."""
+    """How many dimensions of a head rotate by time, row and column: of 293 it is 100, 96, 96; one stays."""
     space = d // 3 // 2 * 2
     time = (d - 2 * space) // 2 * 2
     return (time, space, space)
@@ -447,9 +446,8 @@ def run_block(block, stored, x, *args):
     return checkpoint(block, x, *args, use_reentrant=False, context_fn=store_products)
 
 def compile_blocks(model):
-    """Compiles block by block: they are alike, so a compiler's work is done once for all. The last one
-    differs, and torch 2.13 compiles its gradient wrongly on CPUs (masked: several percent off), so it stays
-    as it is."""
+    """Compiles block by block: they are alike, so the compiler's work is done once. The last one differs, and
+    torch 2.13 compiles its gradient wrongly on CPUs (masked: several percent off), so it stays as it is."""
     for block in model.blocks[:-1]:
         block.compile()
         if hasattr(block, "update_context"):  # the sampler of masked split calls these two, not the block

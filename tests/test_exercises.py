@@ -24,11 +24,10 @@ def guided(model, X, t, past, actions, cfg):
     net = flow_hwm.FlowHWM(flow_hwm.FlowConfig(n_layer=1, n_head=1, width=12, hidden=12, time_width=8, channels=1, patch=1, H=1,
                                                W=len(X), temporal=8))
 
-    def velocity(X_t, _, v_p, a, keep_past=None, keep_actions=None):
-        one = lambda keep: 1.0 if keep is None else keep.view(-1, 1).float()
+    def velocity(X_t, _, v_p, a, kept=None):
         b = len(X_t)
-        u = model(X_t.reshape(b, -1), t, v_p[:, 0, -1].reshape(b, -1) * one(keep_past),
-                  a[:, -1, : len(X)] * one(keep_actions))
+        kept = torch.ones(b, 1) if kept is None else kept.view(-1, 1).float()
+        u = model(X_t.reshape(b, -1), t, v_p[:, 0, -1].reshape(b, -1) * kept, a[:, -1, : len(X)] * kept)
         return u.view_as(X_t)
 
     net.velocity = velocity
@@ -45,8 +44,9 @@ def guided(model, X, t, past, actions, cfg):
 
 
 def temporal_attention(q, k, v, T=3):
-    video = blocks.temporal_attention(q[:, :, :T], k[:, :, :T], v[:, :, :T], 1, k[:, :, T:], v[:, :, T:])
-    actions = blocks.action_attention(q[:, :, T:], k[:, :, :T], v[:, :, :T], 1, k[:, :, T:], v[:, :, T:])
+    (q, q_a), (k, k_a), (v, v_a) = (x.tensor_split([T], dim=2) for x in (q, k, v))
+    video = blocks.temporal_attention(q, k, v, k_a, v_a, S=1)
+    actions = blocks.action_attention(q_a, k, v, k_a, v_a, S=1)
     return torch.cat([video, actions], dim=2)
 
 
