@@ -75,6 +75,8 @@ def read_checkpoint(file):
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         saved = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"there is no checkpoint {file}: give a ckpt.pt by train.py, or one of weights/") from None
     except Exception as e:  # a damaged or hostile file can raise nearly anything
         raise DataError(f"{file} is no readable checkpoint ({type(e).__name__}): give another") from None
     if damaged:

@@ -160,8 +160,8 @@ def test_bad_numbers_are_one_sentence_before_any_work(tmp_path, monkeypatch, nam
     assert f"--{name} {value}" in said and not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("options, word", [(dict(n_layer=0), "--n_layer 0"), (dict(width=25), "--width 25"), (dict(rho_max=0.1), "--rho_max"),
-                                           (dict(n_head=7), "--n_head 7"), (dict(T_p=3), "--T_p"), (dict(variant="base"), "--variant")])
+@pytest.mark.parametrize("options, word", [(dict(n_layer=0), "--n_layer 0"), (dict(width=25), "width of 25"), (dict(rho_max=0.1), "--rho_max"),
+                                           (dict(n_head=7), "7 heads"), (dict(T_p=3), "--T_p"), (dict(variant="base"), "--variant")])
 def test_bad_model_options_are_one_sentence(toy, tmp_path, options, word):
     c = config(toy, tmp_path, "flow", options=options)
     with pytest.raises(data.DataError) as e:
