@@ -37,6 +37,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from tokenizer import DataError, fingerprint, rank_and_world
+
 FRAMES, PAST, FUTURE = 17, 9, 8         # a clip is 9 past and 8 future frames, 1 + 2 x 8, so 3 latent frames
 VOCAB_SIZE = 64_000                     # of the 1X files (Cosmos DV): 8 * 8 * 8 * 5 * 5 * 5
 ARM = ("SHOULDER_PITCH", "SHOULDER_ROLL", "SHOULDER_YAW", "ELBOW_PITCH", "ELBOW_YAW", "WRIST_PITCH",
@@ -44,10 +46,6 @@ ARM = ("SHOULDER_PITCH", "SHOULDER_ROLL", "SHOULDER_YAW", "ELBOW_PITCH", "ELBOW_
 JOINTS = ("HIP_YAW", "HIP_ROLL", "HIP_PITCH", "KNEE_PITCH", "ANKLE_ROLL", "ANKLE_PITCH",
           *("LEFT_" + a for a in ARM), *("RIGHT_" + a for a in ARM), "NECK_PITCH",
           "LEFT_HAND_CLOSURE", "RIGHT_HAND_CLOSURE", "LINEAR_VELOCITY", "ANGULAR_VELOCITY")
-
-
-class DataError(ValueError):
-    """Bad input. The message is one sentence that names the file, the value and the way out."""
 
 
 def check(ok, sentence):
@@ -942,21 +940,6 @@ def draw_shards(folder, shards, size, episode, first_seed, parent):
 CLIPS_PER_SHARD = 256
 
 
-def fingerprint(path):
-    """SHA-256 of a tokenizer: of its file, or of a Cosmos folder's encoder.jit and decoder.jit."""
-    digest = hashlib.sha256()
-    for file in ([path] if not os.path.isdir(path) else [f"{path}/tokenizer.pt"] if os.path.exists(f"{path}/tokenizer.pt")
-                 else [f"{path}/encoder.jit", f"{path}/decoder.jit"]):
-        try:
-            with open(file, "rb") as f:
-                while block := f.read(2 ** 24):
-                    digest.update(block)
-        except OSError as e:
-            raise DataError(f"{file} cannot be read ({e.strerror}): give a tokenizer's file, or a folder "
-                            f"with encoder.jit and decoder.jit") from None
-    return digest.hexdigest()
-
-
 def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, splits=("train", "val"),
            batch=8, device=None, progress=True):
     """Raw video -> a data folder of ids (int32) or latents (float16), which is read like the 1X set.
@@ -1094,6 +1077,48 @@ def print_info(found):
     for name, s in found["states"].items():
         values = "".join(f"{x:10.3f}" for x in s.values())
         print(f"  {name:22}{values}" + "  constant" * (name in found["constant"]))
+
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROBOT, ROBOT_STRIDE = "data/robot", 4
+SHIPPED_TOKENIZERS = {"discrete": "weights/tokenizer_dv_tiny.pt", "continuous": "weights/tokenizer_cv_tiny.pt"}
+
+
+def barrier():
+    import torch.distributed as dist
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=False, device="cpu", say=print):
+    """Makes what is missing and returns the folder of tokens or latents to train on, with its tokenizer's path."""
+    given, folder = tokenizer, data or ROBOT
+    if given and not os.path.exists(given):
+        raise DataError(f"there is no tokenizer at {given}: give a file made by `python tokenizer.py train`")
+    tokenizer = tokenizer or os.path.join(HERE, SHIPPED_TOKENIZERS[kind])
+    if not data and rank_and_world()[0] == 0:
+        synth(folder, frames=robot_frames)
+    barrier()
+    clips = open_clips(folder, "train")
+    if clips.kind == "raw":
+        cache = f"{folder.rstrip('/')}_{kind}"
+        if data and not encode_raw:
+            raise DataError(f"{folder} holds raw video: add --encode to have it encoded into {cache} with {tokenizer}, or run "
+                            f"`python data.py encode --data {folder} --tokenizer {tokenizer} --out {cache}` and train on that")
+        say(f"encoding {folder} with {tokenizer} into {cache}")
+        for split, stride in (("train", None if data else ROBOT_STRIDE), ("val", None)):
+            encode(folder, tokenizer, cache, stride=stride, splits=(split,), device=device,
+                   progress=rank_and_world()[0] == 0)
+        barrier()
+        folder, clips = cache, open_clips(cache, "train")
+    if clips.kind != kind:
+        raise DataError(f"{folder} holds {clips.kind} latents, but the model is trained on {kind} ones: give a folder "
+                        f"encoded with a {kind} tokenizer, or the other --model")
+    made_with = clips.meta.get("tokenizer", {})
+    if given and made_with.get("sha256", "") not in ("", fingerprint(given)):
+        raise DataError(f"{folder} was not encoded with {given} (the SHA-256 of its tokenizer, "
+                             f"{made_with.get('path')}, differs): give that one, or leave --tokenizer out")
+    return folder, given or clips.meta.get("tokenizer", {}).get("path", "")
 
 
 def main(argv=None):

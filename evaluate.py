@@ -467,7 +467,7 @@ def sizes():
     with torch.device("meta"):
         extra = {"masked": 0, "flow": count(tokenizers.Tokenizer(tokenizers.PRESETS["cv8x16x16"]))}
         return {name: {variant: count(Model(Config(**{**presets["paper"], "variant": variant}))) + extra[name]
-                       for variant in PAPER_SIZES[name]} for name, (Model, Config, presets) in MODELS.items()}
+                       for variant in PAPER_SIZES[name]} for name, m in MODELS.items() for Model, Config, presets in [(m.Model, m.Config, m.PRESETS)]}
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -233,6 +233,13 @@ class FlowHWM(nn.Module):
         return self.unstandardise(X_1)
 
 
+KIND = "continuous"
+SAMPLING = {"paper": dict(steps=50, cfg=3.0), "tiny": dict(steps=5, cfg=2.0)}
+TRAINING = {"paper": dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine", micro=32),
+            "tiny": dict(steps=2000, batch=8, lr=2e-3, warmup=50, decay="cosine", micro=8)}
+Model, Config = FlowHWM, FlowConfig
+
+
 def main():
     """One step on a toy batch, with the shape of everything on the way."""
     torch.manual_seed(0)

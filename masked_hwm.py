@@ -277,6 +277,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(g * grad for g in ctx.saved_tensors), None, None
 
 
+KIND = "discrete"
+SAMPLING = {"paper": dict(K=2, temperature=1.0), "tiny": dict(K=2, temperature=0.0)}
+TRAINING = {"paper": dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear", micro=4),
+            "tiny": dict(steps=1400, batch=8, lr=2e-3, warmup=50, decay="cosine", micro=8)}
+Model, Config = MaskedHWM, MaskedConfig
+
+
 def main():
     """One step on a toy batch, with the shape of everything on the way."""
     torch.manual_seed(0)

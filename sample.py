@@ -9,38 +9,34 @@
 Also here: reading checkpoints (`load_model`), which train.py and evaluate.py share.
 """
 import argparse
+import contextlib
 import json
 import os
 import pickle
 import sys
 import time
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
+
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import flow_hwm
 import masked_hwm
 from data import PAST, DataError, fingerprint, open_clips, synth, to_uint8, to_video
-from tokenizer import TokenizerError, load_tokenizer
+from blocks import compile_blocks
+from tokenizer import TokenizerError, load_tokenizer, rank_and_world
 
-MODELS = {  # name -> class, configuration, its presets
-    "masked": (masked_hwm.MaskedHWM, masked_hwm.MaskedConfig, masked_hwm.PRESETS),
-    "flow": (flow_hwm.FlowHWM, flow_hwm.FlowConfig, flow_hwm.PRESETS),
-}
-SAMPLING = {  # the paper's settings (Sec. 3.1, 3.2); for `tiny` the best of those measured (README)
-    ("paper", "masked"): dict(K=2, temperature=1.0),
-    ("paper", "flow"): dict(steps=50, cfg=3.0),
-    ("tiny", "masked"): dict(K=2, temperature=0.0),
-    ("tiny", "flow"): dict(steps=5, cfg=2.0),
-}
+MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 ACTIONS = ("true", "shuffled", "frozen", "drive", "turn_left", "turn_right", "look_up", "reach")
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one sentence for the user."""
+CheckpointError = DataError
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,7 +72,7 @@ def load_model(file, device="cpu", weights="ema"):
     name = saved["config"].get("model")
     if name not in MODELS:
         raise CheckpointError(f"{file} is of a model {name!r}, which is none of {', '.join(MODELS)}")
-    Model, Config, _ = MODELS[name]
+    Model, Config = MODELS[name].Model, MODELS[name].Config
     part = {"ema": "ema", "last": "model"}[weights]
     if part not in saved:
         raise CheckpointError(f"{file} holds averaged weights only (it was made by --export): leave out --weights {weights}")
@@ -89,14 +85,75 @@ def load_model(file, device="cpu", weights="ema"):
     return model.to(device).eval().requires_grad_(False), saved
 
 
-def compile_blocks(model):
-    """Block by block: they are alike, so that a compiler's work is done once for all. Not the last, which is unlike them and
-    whose gradient torch 2.13 compiles wrongly for CPUs (masked: several percent off; tests/test_models.py looks at it)."""
-    for block in model.blocks[:-1]:
-        block.compile()
-        for part in ("context", "future"):  # what the sampler of masked split asks for instead of the whole
-            if hasattr(block, part):
-                setattr(block, part, torch.compile(getattr(block, part)))
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def save_checkpoint(file, model, optimizer, ema, step, config, about):
+    """One file with all that resuming, sampling and scoring need; written beside and renamed, the previous one kept as
+    ckpt_previous.pt. Every process takes part (with --shard each holds a piece), rank 0 writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=torch.cuda.is_available())  # on a CPU it would copy
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    averaged = whole(ema)
+    if rank_and_world()[0] == 0:
+        saved = {"model": weights, "ema": averaged, "optimizer": moments, "step": step, "rng": torch.get_rng_state(),
+                 "config": asdict(config), **about}
+        try:
+            torch.save(saved, file + ".tmp")
+        except (OSError, RuntimeError) as e:  # a full disk, most of the time
+            with contextlib.suppress(OSError):
+                os.remove(file + ".tmp")
+            raise CheckpointError(f"{file} could not be written at step {step} ({str(e).splitlines()[0]}): what was there is whole; "
+                                  "free some space and go on with --resume") from None
+        if os.path.exists(file):
+            os.replace(file, file.replace(".pt", "_previous.pt"))
+        os.replace(file + ".tmp", file)
+    barrier()
+
+
+def whole(state):
+    """Tensors as rank 0 saves them: whole and on the CPU (not copied where they are both already)."""
+    return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().cpu() for k, v in state.items()}
+
+
+def last_checkpoint(file):
+    """The checkpoint to resume from: ckpt.pt, or the one before it where that is damaged."""
+    previous = file.replace(".pt", "_previous.pt")
+    try:
+        return read_checkpoint(file)
+    except CheckpointError as e:
+        if not os.path.exists(previous):
+            raise
+        print(f"{e}; going on from {previous}")
+        saved = read_checkpoint(previous)
+        barrier()
+        if rank_and_world()[0] == 0:
+            os.replace(previous, file)  # else the next save would put the damaged file in the place of the good one
+        barrier()
+        return saved
+
+
+def restore(saved, model, optimizer, ema, config, about):
+    """Puts the state of a checkpoint back; a run that differs in anything that changes its course is refused. What is
+    random in training is a function of seed and position; the generator is put back for what else may use it."""
+    free = {"resume", "stop_after", "keep", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard", "dtype",
+            "encode", "accum", "preset", "checkpoint_activations", "tokenizer"}
+    old, new = {**saved["config"], **saved["model_config"]}, {**asdict(config), **about["model_config"]}
+    differ = [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
+    if differ:
+        raise CheckpointError(f"the checkpoint in {config.out} is of another run: {'; '.join(differ)}; give the same flags, "
+                              "or another --out")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+    torch.set_rng_state(saved["rng"])
+    for k, v in ema.items():
+        if hasattr(v, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+            v.copy_(distribute_tensor(saved["ema"][k].to(v.device), v.device_mesh, v.placements))
+        else:
+            v.copy_(saved["ema"][k])
+    return saved["step"]
 
 
 def load_tokenizer_for(about, device="cpu", path="", required=True):
@@ -377,7 +434,7 @@ def settings_of(saved, args):
     for name in {"masked": ("cfg", "method"), "flow": ("temperature", "order")}[saved["config"]["model"]]:
         if getattr(args, name) is not None:
             raise DataError(f"--{name} means nothing to a {saved['config']['model']} model: leave it out")
-    settings = dict(SAMPLING[saved["config"]["preset"], saved["config"]["model"]])
+    settings = dict(MODELS[saved["config"]["model"]].SAMPLING[saved["config"]["preset"]])
     asked = {"masked": {"K": args.steps, "temperature": args.temperature, "order": args.order},
              "flow": {"steps": args.steps, "cfg": args.cfg, "method": args.method}}
     settings.update({k: v for k, v in asked[saved["config"]["model"]].items() if v is not None})

@@ -15,6 +15,8 @@ follow NVIDIA's files, so that loading them is a load_state_dict.
     python tokenizer.py check --tokenizer weights/tokenizer_dv_tiny.pt --data data/robot    # round trip: PSNR, statistics
 """
 import argparse
+import functools
+import hashlib
 import io
 import json
 import math
@@ -53,8 +55,47 @@ PRESETS = {
 }
 
 
-class TokenizerError(ValueError):
-    """A tokenizer file or an input that cannot be used; the message is one sentence for the user."""
+class DataError(ValueError):
+    """Bad input. The message is one sentence that names the file, the value and the way out."""
+
+
+TokenizerError = DataError
+
+
+# ---- What every module uses ------------------------------------------------------------------------
+
+
+def rank_and_world():
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def command(main):
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        name = os.path.basename(sys.modules[main.__module__].__file__)
+        try:
+            return main(argv)
+        except DataError as e:
+            sentence = f"{name}: {e}"
+        except OSError as e:
+            sentence = f"{name}: {e.filename}: {e.strerror}"
+        sys.exit(sentence if rank_and_world()[0] == 0 else 1)
+    return wrapped
+
+
+def write_whole(file, write):
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    try:
+        write(file + ".tmp")
+        os.replace(file + ".tmp", file)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(file + ".tmp"):
+            os.remove(file + ".tmp")
+        raise DataError(f"{file} could not be written ({str(e).splitlines()[0]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,6 +577,24 @@ def save(tokenizer, file, **about):
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     torch.save({"config": asdict(tokenizer.config), "state_dict": state, "kind": tokenizer.kind, **about}, file + ".tmp")
     os.replace(file + ".tmp", file)
+
+
+save_tokenizer = save
+
+
+def fingerprint(path):
+    """SHA-256 of a tokenizer: of its file, or of a Cosmos folder's encoder.jit and decoder.jit."""
+    digest = hashlib.sha256()
+    for file in ([path] if not os.path.isdir(path) else [f"{path}/tokenizer.pt"] if os.path.exists(f"{path}/tokenizer.pt")
+                 else [f"{path}/encoder.jit", f"{path}/decoder.jit"]):
+        try:
+            with open(file, "rb") as f:
+                while block := f.read(2 ** 24):
+                    digest.update(block)
+        except OSError as e:
+            raise DataError(f"{file} cannot be read ({e.strerror}): give a tokenizer's file, or a folder "
+                            f"with encoder.jit and decoder.jit") from None
+    return digest.hexdigest()
 
 
 def raw_clips(args, split, stride=None):
