@@ -138,7 +138,7 @@ def restore(saved, model, optimizer, ema, config, about):
     """Puts the state of a checkpoint back; a run that differs in anything that changes its course is refused. What is
     random in training is a function of seed and position; the generator is put back for what else may use it."""
     free = {"resume", "stop_after", "keep", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard", "dtype",
-            "encode", "accum", "preset", "checkpoint_activations", "tokenizer"}
+            "encode", "accum", "preset", "checkpoint_activations", "tokenizer", "data", "steps", "options"}
     old, new = {**saved["config"], **saved["model_config"]}, {**asdict(config), **about["model_config"]}
     differ = [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
     if differ:

@@ -1,12 +1,14 @@
-"""train.py and sample.py: the loop, its checkpoints, resuming, several processes, and what bad input ends in."""
+"""train.py: the loop, its checkpoints, resuming, several processes, and what bad input ends in."""
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ import tokenizer as tok
 import train as training
 from blocks import VARIANTS
 from conftest import TOY_PRESET
+from sample import MODELS
 from train import TrainConfig, learning_rate, positions
 
 MAIN = os.path.dirname(os.path.abspath(training.__file__))
@@ -28,22 +31,17 @@ PAIRS = [(model, variant) for model in ("masked", "flow") for variant in VARIANT
 both = pytest.mark.parametrize("model", ["masked", "flow"])
 
 
-TINY = [(masked_hwm.PRESETS, dict(TOY_PRESET, vocab_size=64, at_place=True, share_digits=True, levels=(4, 4, 4))),
-        (flow_hwm.PRESETS, dict(TOY_PRESET, patch=1, at_place=True))]
+TINY = {"masked": dict(TOY_PRESET, vocab_size=64, at_place=True, share_digits=True, levels=(4, 4, 4)),
+        "flow": dict(TOY_PRESET, patch=1, at_place=True)}
 
 
 @pytest.fixture(autouse=True)
 def small_and_quick(request, monkeypatch):
-    """The tiny preset smaller, no sample pictures where a test does not ask for `pictures`, and afterwards the signal
-    handlers that training replaces."""
-    for presets, sizes in TINY:
-        monkeypatch.setitem(presets, "tiny", sizes)
+    """The tiny preset smaller, and no sample pictures where a test does not ask for `pictures`."""
+    for model, sizes in TINY.items():
+        monkeypatch.setitem(MODELS[model].PRESETS, "tiny", sizes)
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr(training, "show", lambda *_: None)
-    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, handler in kept.items():
-        signal.signal(s, handler)
 
 
 @pytest.fixture
@@ -87,8 +85,8 @@ def ends(main, *argv):
 def flags(toy, out, model="masked", **changes):
     """The same run as command line flags."""
     c = config(toy, out, model, **changes)
-    given = {f: getattr(c, f) for f in c.__dataclass_fields__ if getattr(c, f) != getattr(TrainConfig(), f)}
-    given.update(model=c.model, variant=c.variant)
+    given = {f: v for f, v in vars(c).items() if v != getattr(TrainConfig(), f)}
+    given.update(given.pop("options", {}), model=c.model, variant=c.variant)
     return [a for k, v in given.items() for a in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 
@@ -99,8 +97,7 @@ def trained(toy, tmp_path_factory):
     for model in ("masked", "flow"):
         out[model] = str(tmp_path_factory.mktemp("trained") / model)
         with pytest.MonkeyPatch.context() as m:
-            for presets, sizes in TINY:
-                m.setitem(presets, "tiny", sizes)
+            m.setitem(MODELS[model].PRESETS, "tiny", TINY[model])
             run(toy, out[model], model)
     return out
 
@@ -130,8 +127,9 @@ def test_rate_at_the_last_step_is_the_schedules(toy, tmp_path, accum, decay):
 
 def test_paper_preset_is_the_papers():
     """Sec. 3.1 and 3.2."""
-    assert training.PRESETS["paper", "masked"] == dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear")
-    assert training.PRESETS["paper", "flow"] == dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine")
+    masked, flow = (MODELS[m].TRAINING["paper"] for m in ("masked", "flow"))
+    assert dict(masked, micro=4) == dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear", micro=4)
+    assert dict(flow, micro=32) == dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine", micro=32)
 
 
 @pytest.mark.parametrize("name, value", [("warmup", 0), ("steps", 7), ("batch", 8), ("lr", 0.5), ("decay", "linear")])
@@ -162,23 +160,32 @@ def test_bad_numbers_are_one_sentence_before_any_work(tmp_path, monkeypatch, nam
     assert f"--{name} {value}" in said and not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("model, flag, value", [("flow", "temperature", 0.5), ("flow", "order", "confidence"), ("masked", "cfg", 2.0),
-                                                ("masked", "method", "midpoint")])
-def test_flags_of_the_other_model_are_refused(trained, tmp_path, model, flag, value):
-    assert f"--{flag}" in ends(sample.main, "--ckpt", f"{trained[model]}/ckpt.pt", "--out", tmp_path, f"--{flag}", value)
+@pytest.mark.parametrize("options, word", [(dict(n_layer=0), "--n_layer 0"), (dict(width=25), "--width 25"), (dict(rho_max=0.1), "--rho_max"),
+                                           (dict(n_head=7), "--n_head 7"), (dict(T_p=3), "--T_p"), (dict(variant="base"), "--variant")])
+def test_bad_model_options_are_one_sentence(toy, tmp_path, options, word):
+    c = config(toy, tmp_path, "flow", options=options)
+    with pytest.raises(data.DataError) as e:
+        training.train(c)
+    assert word in str(e.value) and not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("text, word", [("n_layer", "n_layer"), ("n_layer=abc", "int"), ("n_head=7", "width 24"), ("colour=3", "colour"), ("n_layer=-1", "n_layer"),
-                                        ("drop=most", "drop"), ("width=30,n_head=4", "heads"), ("H=99", "the data"),
-                                        ("variant=base", "--variant"), ("checkpoint_activations=x", "--checkpoint")])
-def test_bad_model_options_are_one_sentence(toy, tmp_path, text, word):
-    assert word in ends(training.main, *flags(toy, tmp_path, "flow", set=text))
+def test_an_option_of_the_other_model_is_refused_as_a_flag(toy, tmp_path):
+    assert "--t_sampling is no option of" in ends(training.main, *flags(toy, tmp_path, options=dict(t_sampling="uniform")))
 
 
-def test_model_options(toy, tmp_path):
-    run(toy, tmp_path, "flow", steps=1, set="n_layer=3,t_sampling=logit-normal,at_place=False")
+def test_model_options_are_flags(toy, tmp_path):
+    training.main([*flags(toy, tmp_path, "flow", steps=1, options=dict(n_layer=3, t_sampling="logit-normal")), "--no-at_place"])
     made = read(tmp_path)["model_config"]
-    assert (made["n_layer"], made["t_sampling"], made["at_place"]) == (3, "logit-normal", False)
+    assert (made["n_layer"], made["t_sampling"], made["at_place"], made["width"]) == (3, "logit-normal", False, 24)
+    assert read(tmp_path)["config"]["options"] == dict(n_layer=3, t_sampling="logit-normal", at_place=False)
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        training.parse(["--help"])
+    said = capsys.readouterr().out.split("options:\n")[1]
+    flags = re.findall(r"^  (--\w+).*?(?=^  --|\Z)", said, re.M | re.S)
+    assert {"--model", "--steps", "--n_layer", "--drop", "--share_digits"} <= set(flags) and not {"--T_p", "--levels", "--set", "--keep"} & set(flags)
 
 
 def test_flags_are_the_dataclass():
@@ -260,12 +267,14 @@ def test_a_run_leaves_its_files(trained, model):
 def test_statistics_travel_in_the_checkpoint(toy, trained, model):
     saved, stats = read(trained[model]), data.action_statistics(data.open_clips(f"{toy}/dv", "train"))
     for part in ("model", "ema"):
-        torch.testing.assert_close(saved[part]["action_mean"], stats["mean"])
-        torch.testing.assert_close(saved[part]["action_std"], stats["std"])
+        for name in ("mean", "std"):
+            (buffer,) = (x for key, x in saved[part].items() if "action" in key and key.endswith(name))
+            torch.testing.assert_close(buffer, stats[name])
     if model == "flow":
         meta = data.open_clips(f"{toy}/cv", "train").meta
-        torch.testing.assert_close(saved["ema"]["latent_std"], torch.tensor(meta["latent_std"]))
-        torch.testing.assert_close(saved["ema"]["latent_mean"], torch.tensor(meta["latent_mean"]))
+        for name in ("mean", "std"):
+            (buffer,) = (x for key, x in saved["ema"].items() if "latent" in key and key.endswith(name))
+            torch.testing.assert_close(buffer, torch.tensor(meta[f"latent_{name}"]))
 
 
 @both
@@ -302,7 +311,8 @@ def test_a_batch_in_which_nothing_is_hidden(toy, tmp_path, monkeypatch):
 def test_a_small_validation_split_is_no_obstacle(toy, tmp_path, pictures):
     """Sample pictures show what there is: two clips (as in ../shared/fixtures/1x_tokens), or none."""
     shutil.copytree(toy / "raw", tmp_path / "raw")
-    video, states = data.robot_episode(3, 34, 32)
+    video = np.load(f"{toy}/raw/val_v2.0/videos/video_0.npy")[:34]
+    states = np.fromfile(f"{toy}/raw/val_v2.0/robot_states/states_0.bin", "<f4").reshape(-1, 25)[:34]
     data.save_shard(f"{tmp_path}/raw/val_v2.0", 0, ".npy", video, states, [0] * 34)
     data.save(f"{tmp_path}/raw/val_v2.0/metadata.json", {"num_shards": 1, "query": None, "hz": 10, "num_images": 34})
     data.encode(f"{tmp_path}/raw", f"{toy}/dv.pt", f"{tmp_path}/dv", device="cpu", progress=False)
@@ -347,29 +357,121 @@ def test_stop_after_keeps_the_schedule_and_says_how_to_go_on(toy, tmp_path, caps
     assert "--resume" in capsys.readouterr().out
 
 
-def test_a_signal_ends_a_run_with_its_checkpoint(toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_with_its_checkpoint(toy, tmp_path, monkeypatch, number):
     draw, seen = masked_hwm.MaskedHWM.draw, []
 
     def draw_and_interrupt(self, g):
         seen.append(1)
-        if len(seen) == 6:  # within step 2
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(seen) == 9:  # the clips of step 3 are read within step 2
+            os.kill(os.getpid(), number)
         return draw(self, g)
 
+    before = signal.getsignal(number)
     monkeypatch.setattr(masked_hwm.MaskedHWM, "draw", draw_and_interrupt)
     run(toy, tmp_path, steps=50)
     assert read(tmp_path)["step"] == 2
+    assert signal.getsignal(number) == before, "as in a notebook, where Ctrl-C must work afterwards"
 
 
-@pytest.mark.parametrize("name, value", [("lr", 0.5), ("steps", 9), ("seed", 1), ("variant", "full"), ("model", "flow"),
+def test_a_second_ctrl_c_stops_at_once(toy, tmp_path, monkeypatch):
+    """But not within a second of the first, for torchrun hands on what the terminal has sent to all."""
+    now = []
+    monkeypatch.setattr(training.time, "monotonic", lambda: sum(now))
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(config, step):
+        for pause in ((0.1, 0.1, 2) if step == 1 else ()):
+            now.append(pause)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1e-3
+
+    monkeypatch.setattr(training, "learning_rate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, tmp_path, steps=5)
+    assert len(now) == 3 and len(log(tmp_path)) == 1 and signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_run_under_nohup_outlives_its_terminal(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "learning_rate", lambda *_: os.kill(os.getpid(), signal.SIGHUP) or 1e-3)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert len(run(toy, tmp_path, steps=2)) == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_folder_in_use_is_refused(toy, trained, tmp_path):
+    shutil.copytree(trained["masked"], tmp_path / "run")
+    code = f"import sys; sys.path.insert(0, {MAIN!r}); import time, train; f = train.hold(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        for more in (dict(), dict(resume=True, steps=3)):
+            sentence = ends(training.main, *flags(toy, tmp_path / "run", **more))
+            assert "in use" in sentence and f"process {other.pid} on {socket.gethostname()}" in sentence
+    finally:
+        other.kill()
+        other.wait()
+    assert os.listdir(tmp_path) == ["run"] and read(tmp_path / "run")["step"] == 2
+    assert len(run(toy, tmp_path / "run", steps=3, resume=True)) == 3, "the lock went with its process"
+
+
+@pytest.mark.parametrize("name, value", [("lr", 0.5), ("steps", 1), ("seed", 1), ("variant", "full"), ("model", "flow"),
                                          ("batch", 8), ("weight_decay", 0.5), ("ema", 0.5)])
 def test_another_flag_with_resume_is_refused_by_name(toy, trained, tmp_path, name, value):
     shutil.copytree(trained["masked"], tmp_path / "run")
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     changes = {name: value}
     sentence = ends(training.main, *flags(toy, tmp_path / "run", **changes, resume=True))
-    assert name in sentence and "another run" in sentence
+    assert name in sentence and "the run in" in sentence or "another run" in sentence
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+
+
+def test_the_same_data_under_another_path_resumes(toy, tmp_path, monkeypatch):
+    straight = run(toy, tmp_path / "a", steps=3)
+    run(toy, tmp_path / "b", steps=3, stop_after=1)
+    monkeypatch.chdir(toy)
+    run(toy, tmp_path / "b", steps=3, stop_after=2, resume=True, data="./dv/")
+    shutil.copytree(toy / "dv", tmp_path / "moved")
+    assert losses(run(toy, tmp_path / "b", steps=3, resume=True, data=f"{tmp_path}/moved")) == losses(straight)
+
+
+def test_other_data_is_refused(toy, trained, tmp_path):
+    shutil.copytree(trained["masked"], tmp_path / "run")
+    data.encode(f"{toy}/raw", f"{toy}/dv.pt", f"{tmp_path}/dv", stride=16, device="cpu", progress=False)
+    sentence = ends(training.main, *flags(toy, tmp_path / "run", resume=True, data=f"{tmp_path}/dv"))
+    assert "another run" in sentence and f"{tmp_path}/dv" in sentence
+
+
+def test_a_run_is_prolonged_by_a_new_schedule(toy, tmp_path, capsys):
+    run(toy, tmp_path, steps=3, lr=0.01, decay="linear", warmup=1)
+    lines = run(toy, tmp_path, steps=5, lr=0.01, decay="linear", warmup=1, resume=True)
+    assert "prolonged from 3 to 5 steps" in capsys.readouterr().out
+    assert [line["lr"] for line in lines] == pytest.approx([0.01, 0.01, 0.005, 0.005, 0.0025])
+
+
+def test_stop_after_a_step_that_is_done(toy, trained, tmp_path):
+    shutil.copytree(trained["masked"], tmp_path / "run")
+    assert "--stop_after 2" in ends(training.main, *flags(toy, tmp_path / "run", resume=True, steps=9, stop_after=2))
+
+
+def test_memory_on_other_systems(toy, tmp_path, monkeypatch):
+    """macOS counts in bytes, Linux in kilobytes; Windows has no such module."""
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=600_000_000))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    monkeypatch.setattr(training.sys, "platform", "darwin")
+    assert training.peak_gb("cpu") == 0.6
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert "peak_gb" not in run(toy, tmp_path, steps=1)[0]
+
+
+def test_compiling_without_a_compiler_is_one_sentence(toy, tmp_path, monkeypatch):
+    def fail(config):
+        raise torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("No working C++ compiler found"), None)
+
+    monkeypatch.setattr(training, "train", fail)
+    assert "--compile" in ends(training.main, *flags(toy, tmp_path, compile=True))
 
 
 @pytest.mark.parametrize("name, value", [("accum", 2), ("log_every", 5), ("workers", 0), ("save_every", 1)])
@@ -448,7 +550,7 @@ def test_accumulation_changes_nothing(toy, tmp_path, model):
 def test_the_first_step_follows_the_gradient_of_the_mean_loss(toy, tmp_path, model, accum):
     """Loss and norm of the gradient, computed here in one piece. For masked the mean is over hidden tokens."""
     (line,) = run(toy, tmp_path, model, steps=1, accum=accum)
-    Model, Config, _ = sample.MODELS[model]
+    Model, Config = MODELS[model].Model, MODELS[model].Config
     torch.manual_seed(0)
     net, clips = Model(Config(**read(tmp_path)["model_config"])), data.open_clips(config(toy, "", model).data, "train")
     net.set_statistics(*data.action_statistics(clips).values(),
@@ -466,8 +568,8 @@ DRIVER = """
     sys.path[:0] = [{main!r}, {tests!r}]
     import torch, train, test_train
     torch.set_num_threads(1)
-    for presets, sizes in test_train.TINY:
-        presets["tiny"] = sizes
+    for model, sizes in test_train.TINY.items():
+        train.MODELS[model].PRESETS["tiny"] = sizes
     show = train.show
     with open(sys.argv[1]) as f:
         runs = json.load(f)
@@ -558,98 +660,7 @@ def test_only_the_first_process_prints(two_processes):
     assert not (two_processes / "out_1.txt").read_text()
 
 
-# ---- sampling from a checkpoint
-
-
-@pytest.mark.parametrize("model, actions", [("masked", "shuffled"), ("flow", "turn_left")])
-def test_sample_command(trained, tmp_path, model, actions):
-    argv = ["--ckpt", f"{trained[model]}/ckpt.pt", "--num", "1", "--actions", actions, "--device", "cpu", "--steps", "2"]
-    sample.main([*argv, "--out", f"{tmp_path}/a"])
-    sample.main([*argv, "--out", f"{tmp_path}/b"])
-    assert sorted(os.listdir(tmp_path / "a")) == ["dream.gif", "dream.png"]
-    for name in ("dream.gif", "dream.png"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), "the same seed, the same dream"
-
-
-@both
-def test_trace_shows_every_step_of_the_sampler(trained, tmp_path, model):
-    sample.main(["--ckpt", f"{trained[model]}/ckpt.pt", "--out", str(tmp_path), "--num", "2", "--steps", "3", "--trace"])
-    with Image.open(tmp_path / "trace.png") as png:
-        steps = {"flow": 4, "masked": 3}[model]  # the flow's strip begins with the noise
-        assert png.size == (steps * (96 + 3) - 3, 14 + 2 * (96 + 3) - 3)
-    assert os.listdir(tmp_path) == ["trace.png"]
-
-
-def test_trace_hides_what_is_hidden(toy, trained):
-    """Masked-HWM: grey where a token is still hidden, none left after the last step."""
-    net, saved = sample.load_model(f"{trained['masked']}/ckpt.pt")
-    strips = sample.trace(net, sample.load_tokenizer_for(saved["tokenizer"]), data.open_clips(f"{toy}/dv", "val"), num=1, K=4)
-    grey = [(strip.reshape(4, 8, 4, 8, 3).swapaxes(1, 2) == 128).all((2, 3, 4)).sum() for strip in strips[0]]
-    assert grey == [16 - masked_hwm.n_fixed(k, 4, 16) for k in (1, 2, 3, 4)]
-
-
-def test_the_curve_is_drawn_from_the_log(trained, tmp_path):
-    shutil.copytree(trained["flow"], tmp_path / "run")
-    with open(tmp_path / "run" / "log.jsonl", "w") as f:
-        f.writelines(json.dumps({"step": s, "loss": 2 - s / 100}) + "\n" for s in range(1, 101))
-    sample.save_curve(str(tmp_path / "run"))
-    with Image.open(tmp_path / "run" / "loss.png") as png:
-        pixels = np.asarray(png.convert("RGB")).astype(int)
-    assert len(pixels) == 450, "the curve, and below it what was dreamt"
-    blue = (abs(pixels - (31, 119, 180)).sum(-1) < 60)[:300]
-    left, right = (np.flatnonzero(blue[:, x]).mean() for x in (100, 700))
-    assert left < 80 and right > 220, "a falling loss falls"
-
-
-def test_sampling_flags_reach_the_sampler(trained, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(flow_hwm, "integrate", lambda velocity, X_0, steps, method, trace: seen.append((steps, method)) or X_0)
-    sample.main(["--ckpt", f"{trained['flow']}/ckpt.pt", "--out", str(tmp_path), "--num", "1", "--steps", "3", "--method", "midpoint"])
-    assert set(seen) == {(3, "midpoint")}
-
-
-def test_last_weights_and_averaged_ones(trained, tmp_path):
-    file = f"{trained['flow']}/ckpt.pt"
-    saved = read(trained["flow"])
-    for which, part in (("ema", "ema"), ("last", "model")):
-        net, _ = sample.load_model(file, weights=which)
-        assert all(torch.equal(v, saved[part][k]) for k, v in net.state_dict().items())
-    sample.main(["--ckpt", file, "--export", str(tmp_path / "small.pt")])
-    assert "averaged" in ends(sample.main, "--ckpt", tmp_path / "small.pt", "--weights", "last")
-
-
-@both
-def test_rollout_goes_on_from_the_dream(toy, trained, model):
-    net, saved = sample.load_model(f"{trained[model]}/ckpt.pt")
-    tokenizer, clips = tok.load_tokenizer(f"{toy}/{'dv' if model == 'masked' else 'cv'}.pt"), data.open_clips(f"{toy}/raw", "val")
-    few = dict(K=1, temperature=0.0) if model == "masked" else dict(steps=1)
-    short, long = (sample.dream(net, tokenizer, clips, num=2, windows=w, **few) for w in (1, 3))
-    assert long["prediction"].shape == (2, 24, 32, 32, 3) and short["context"].shape == (2, 9, 32, 32, 3)
-    assert np.array_equal(long["prediction"][:, :8], short["prediction"])
-    assert np.array_equal(long["truth"], short["truth"])
-    same = sample.dream(net, tokenizer, clips, num=2, actions="true", **few)
-    assert np.array_equal(same["prediction"], same["other"]), "the same noise: only the actions differ"
-
-
-def test_beyond_the_recording_the_robot_holds_still(toy, trained):
-    """Recorded as long as there is a recording, then the last pose, not an earlier one."""
-    net, _ = sample.load_model(f"{trained['masked']}/ckpt.pt")
-    clips = data.open_clips(f"{toy}/raw", "val")
-    i = next(i for i in range(len(clips)) if 0 < len(clips.more_actions(i, 1000)) < 900)
-    more = clips.more_actions(i, 1000)
-    actions, missing = sample.longer(net, clips, i, len(more) + 5)
-    assert missing == 5 and torch.equal(actions[:-5], torch.cat([clips[i]["actions"], more]))
-    still = more[-1].clone()
-    still[[clips.names.index(f"{x}_VELOCITY") for x in ("LINEAR", "ANGULAR")]] = 0
-    assert torch.equal(actions[-5:], still.expand(5, -1))
-
-
-def test_raw_frames_beside_tokens_that_do_not_say_their_size(toy, trained):
-    """1X's tokens come without the size of their frames: it follows from the model's latents."""
-    _, saved = sample.load_model(f"{trained['masked']}/ckpt.pt")
-    saved = dict(saved, data=dict(saved["data"], size=None), tokenizer={"path": ""})
-    saved["model_config"] = dict(saved["model_config"], W=2)
-    assert sample.validation_clips(saved, f"{toy}/raw").size == 16
+# ---- bad input
 
 
 def test_more_processes_than_gpus_are_one_sentence(monkeypatch):
@@ -661,118 +672,7 @@ def test_more_processes_than_gpus_are_one_sentence(monkeypatch):
 
 
 def test_another_tokenizer_than_the_datas_is_refused_at_once(toy, tmp_path):
-    c = config(toy, tmp_path / "x", "masked", tokenizer=f"{toy}/cv.pt")
-    with pytest.raises(tok.TokenizerError, match="not encoded with"):
-        training.prepare_data(c, print)
-
-
-def test_named_motions_by_hand(toy, trained):
-    net, _ = sample.load_model(f"{trained['masked']}/ckpt.pt")
-    clips = data.open_clips(f"{toy}/raw", "val")
-    a, other = clips[0]["actions"], clips[1]["actions"]
-    i = {n: k for k, n in enumerate(clips.names)}
-    mean, std = net.action_mean, net.action_std
-    for name in sample.ACTIONS:
-        b = sample.change_actions(name, a, net, clips, another=other)
-        assert b.shape == a.shape and torch.equal(b[:9], a[:9]), "the past stays"
-    changed = lambda name: sample.change_actions(name, a, net, clips, another=other)
-    assert torch.equal(changed("true"), a) and torch.equal(changed("shuffled")[9:], other[9:])
-    still = a[8].repeat(8, 1)
-    still[:, [i["LINEAR_VELOCITY"], i["ANGULAR_VELOCITY"]]] = 0
-    assert torch.equal(changed("frozen")[9:], still)
-    for name, joint, s in (("drive", "LINEAR_VELOCITY", 2), ("turn_left", "ANGULAR_VELOCITY", 2),
-                           ("turn_right", "ANGULAR_VELOCITY", -2), ("look_up", "NECK_PITCH", -2)):
-        b = changed(name)
-        torch.testing.assert_close(b[12:, i[joint]], (mean + s * std)[i[joint]].expand(5))
-        rest = [k for k in range(25) if k != i[joint]]
-        assert torch.equal(b[9:, rest], still[:, rest])
-
-
-def test_export_samples_alike(trained, tmp_path):
-    for model in ("masked", "flow"):
-        file = f"{tmp_path}/{model}.pt"
-        sample.main(["--ckpt", f"{trained[model]}/ckpt.pt", "--export", file])
-        assert os.path.getsize(file) < 0.5 * os.path.getsize(f"{trained[model]}/ckpt.pt")
-        sample.main(["--ckpt", file, "--num", "1", "--steps", "1", "--out", f"{tmp_path}/{model}", "--device", "cpu"])
-        exact, small = (sample.load_model(f)[0].state_dict() for f in (f"{trained[model]}/ckpt.pt", file))
-        assert all(torch.allclose(v, small[k], atol=1e-3, rtol=1e-3) for k, v in exact.items())
-
-
-def test_red_stays_red(tmp_path):
-    """TRAPS 20: what is written into the pictures is what the clip holds, in RGB."""
-    red = np.zeros((1, 9, 32, 32, 3), np.uint8)
-    red[..., 0] = 255
-    rows = sample.picture_rows({"context": red, **{k: red[:, :8] for k in ("truth", "prediction", "other")}})
-    sample.save_png(rows, f"{tmp_path}/x.png")
-    sample.save_gif(rows, f"{tmp_path}/x.gif")
-    with Image.open(f"{tmp_path}/x.png") as png, Image.open(f"{tmp_path}/x.gif") as gif:
-        assert png.convert("RGB").getpixel((150, 60)) == (255, 0, 0)
-        r, g, b = gif.convert("RGB").getpixel((60, 60))
-        assert r > 250 and g < 5 and b < 5
-
-
-# ---- checkpoints and bad input
-
-
-class Evil:
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return os.mkdir, (self.file,)
-
-
-def bad_checkpoint(name, good, toy, tmp_path):
-    file = tmp_path / f"{name}.pt"
-    if name == "tokenizer":
-        shutil.copy(f"{toy}/dv.pt", file)
-    elif name == "truncated":
-        file.write_bytes(open(good, "rb").read()[:20_000])
-    elif name == "flipped":
-        content = bytearray(open(good, "rb").read())
-        content[len(content) // 2] ^= 255
-        file.write_bytes(content)
-    elif name == "text":
-        file.write_text("hello")
-    elif name == "empty":
-        file.write_bytes(b"")
-    elif name == "evil":
-        torch.save({**torch.load(good, weights_only=True), "rng": Evil(str(tmp_path / "run"))}, file)
-    elif name == "folder":
-        file.mkdir()
-    elif name != "missing":
-        saved = torch.load(good, weights_only=True)
-        if name == "other model":
-            saved["config"]["model"] = "flow"
-        elif name == "unknown model":
-            saved["config"]["model"] = "diffusion"
-        elif name == "no weights":
-            saved["ema"] = {}
-        elif name == "not a dict":
-            saved["config"] = [1, 2]
-        torch.save(saved, file)
-    return file
-
-
-@pytest.mark.parametrize("name", ["tokenizer", "truncated", "flipped", "text", "empty", "evil", "folder", "missing", "other model",
-                                  "unknown model", "no weights", "not a dict"])
-def test_a_bad_checkpoint_is_one_sentence(toy, trained, tmp_path, name):
-    file = bad_checkpoint(name, f"{trained['masked']}/ckpt.pt", toy, tmp_path)
-    assert str(file) in ends(sample.main, "--ckpt", file, "--out", tmp_path / "out", "--device", "cpu")
-    assert not (tmp_path / "run").exists(), "code in a checkpoint must not run"
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("argv, word", [(["--num", "6"], "--num 6"), (["--num", "0"], "--num"), (["--steps", "0"], "--steps"),
-                                        (["--temperature", "-1"], "--temperature"), (["--rollout", "0"], "--rollout"),
-                                        (["--data", "nowhere"], "nowhere"), (["--tokenizer", "nowhere.pt"], "nowhere.pt")])
-def test_bad_sampling_flags_are_one_sentence(trained, tmp_path, argv, word):
-    assert word in ends(sample.main, "--ckpt", f"{trained['masked']}/ckpt.pt", "--out", tmp_path / "out", "--device", "cpu", *argv)
-    assert not (tmp_path / "out").exists()
-
-
-def test_another_tokenizer_is_refused(toy, trained, tmp_path):
-    assert "SHA-256" in ends(sample.main, "--ckpt", f"{trained['masked']}/ckpt.pt", "--tokenizer", f"{toy}/cv.pt", "--out", tmp_path)
+    assert "cv.pt" in ends(training.main, *flags(toy, tmp_path / "x", tokenizer=f"{toy}/cv.pt"))
 
 
 def test_bad_training_input_is_one_sentence(toy, tmp_path):
@@ -829,7 +729,7 @@ def test_any_tokenizer_that_can_be_trained_can_be_used(toy, tmp_path, temporal, 
     torch.manual_seed(0)
     c = tok.TokenizerConfig(channels=4, channels_mult=(1, 1, 1), num_res_blocks=1, z_channels=4, latent_channels=4,
                             temporal_compression=temporal, spatial_compression=spatial)
-    tok.save(tok.Tokenizer(c), f"{tmp_path}/t.pt")
+    tok.save_tokenizer(tok.Tokenizer(c), f"{tmp_path}/t.pt")
     data.encode(f"{toy}/raw", f"{tmp_path}/t.pt", f"{tmp_path}/cv", device="cpu", progress=False)
     run(toy, tmp_path / "run", "flow", data=f"{tmp_path}/cv")
     sizes = read(tmp_path / "run")["model_config"]
