@@ -4,10 +4,12 @@
     torchrun --nproc_per_node=2 train.py --model flow --variant full    # the same run on two processes
     python train.py --model masked --variant base --data 1x             # the paper's model, on a GPU
 
-In come clips: video as ids (T, H, W) or latents (C, T, H, W), and actions (17, A), one per frame. Out come, in
-the folder OUT, ckpt.pt, log.jsonl, loss.png and samples/*.gif. Everything random is a function of the seed and
-a position: position p = step * batch + i names one clip and all noise in its loss. So a run is the same however
-its batch is divided among processes and micro-batches, and to resume at step n is to read on at n * batch.
+In come clips: video as ids (T, H, W) or latents (C, T, H, W), and actions (17, A), one per frame. Into the
+folder OUT go ckpt.pt, log.jsonl, loss.png and samples/*.gif.
+
+Everything random is a function of the seed and a position: position p = step * batch + i names one clip and
+all noise in its loss. So a run is the same however its batch is divided among processes and micro-batches,
+and to resume at step n is to read on at position n * batch.
 """
 import argparse
 import contextlib
@@ -47,7 +49,7 @@ class TrainConfig:
     """What can be asked of a run. The preset decides what is left empty, at 0 or at -1 (see `settle`)."""
     model: str = knob("", "which of the two models", choices=tuple(MODELS))
     variant: str = knob("", "how its four streams share weights", choices=tuple(VARIANTS))
-    preset: str = knob("auto", "auto: paper on a GPU with 1X data, else tiny", choices=("auto", "tiny", "paper"))
+    preset: str = knob("auto", "auto: paper for 1X data on a GPU, or tiny", choices=("auto", "paper", "tiny"))
     data: str = knob("", "folder of tokens, latents or raw video; default: the built-in robot, in data/robot")
     tokenizer: str = knob("", "file or folder; default: what the data was encoded with, or the shipped one")
     out: str = knob("", "folder of the run; default: out/MODEL_VARIANT")
@@ -68,8 +70,9 @@ class TrainConfig:
     # speed and memory
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile the blocks")
-    checkpoint_activations: str = knob("", "all that blocks hold for the backward pass: matrix products, or inputs "
-                                       "(the flag alone)", choices=("products", "inputs"), alone="inputs")
+    checkpoint_activations: str = knob(
+        "", "hold less for the backward pass: matrix products only, or (the flag alone) inputs of blocks only",
+        choices=("products", "inputs"), alone="inputs")
     shard: bool = knob(False, "FSDP2: divide parameters, gradients and optimiser among the processes")
     workers: int = knob(-1, "processes that read clips ahead; default: four on a GPU, none on a CPU", low=-1)
     # data that is made first
@@ -79,7 +82,7 @@ class TrainConfig:
     log_every: int = knob(20, "steps from one line of log.jsonl to the next", low=1)
     save_every: int = knob(500, "steps from one checkpoint to the next", low=1)
     sample_every: int = knob(1000, "steps from one GIF to the next; 0: only at the end, -1: never", low=-1)
-    options: dict = field(default_factory=dict)  # the model's, unlike its preset: {"n_layer": 8}
+    options: dict = field(default_factory=dict)  # of the model, unlike its preset: {"n_layer": 8}
 
 
 # ---- the stream of clips and noise ---------------------------------------------------------------
@@ -143,9 +146,12 @@ def learning_rate(config, step):
 
 def train(config):
     """A run, from its knobs to its last checkpoint. Unusable input raises DataError, in one sentence."""
-    # 1. Processes. One that runs alone is a group of one, so that nothing below asks whether there is a group.
+    # 1. Processes. One that runs alone is a group of one, so that nothing below asks whether a group exists.
     rank, world = rank_and_world()
     kind, device = device_of()
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
     join_processes("nccl" if kind == "cuda" and (world > 1 or config.shard) else "gloo")
     say = print if rank == 0 else (lambda *_: None)
 
@@ -173,8 +179,8 @@ def train(config):
     if module.KIND == "continuous":
         statistics += torch.tensor([clips.meta["latent_mean"], clips.meta["latent_std"]])
     model.set_statistics(*statistics)
-    say(f"{config.model} {config.variant}: {count_parameters(model) / 1e6:.1f} M parameters, {len(clips)} clips "
-        f"of {folder}, {config.steps} steps of {config.batch} clips on {world} x {kind} in {config.dtype}")
+    say(f"{config.model} {config.variant}: {count_parameters(model) / 1e6:.1f} M parameters, {len(clips)} clips"
+        f" of {folder}, {config.steps} steps of {config.batch} clips on {world} x {kind} in {config.dtype}")
     runner = distribute(model, config, device)  # the same model, in what averages gradients over processes
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
@@ -193,12 +199,13 @@ def train(config):
         flops = 3 * count_flops(lambda: model(video, actions, draws)) / len(video)
     log = Log(config, step, flops, kind)
     last = min(config.steps, config.stop_after or config.steps)
+    asked = 0  # by how many signals, on all processes together, the run was asked to stop
 
-    with lock, remembered_signals() as asked_to_stop:
-        while step < last:
+    with lock, remembered_signals() as signals:
+        while step < last and not asked:
             # Forward and backward, for every micro-batch. The model returns a sum of losses and their number
             # (of clips, or of hidden tokens): a mean of means would give the tokens unequal weights.
-            total = torch.zeros(3, device=device)  # the sum, the number, and how many signals asked to stop
+            total = torch.zeros(3, device=device)  # sum of losses, their number, number of signals
             for micro in range(config.accum):
                 ends_step = micro == config.accum - 1  # only then are gradients averaged over processes
                 if config.shard:
@@ -211,7 +218,7 @@ def train(config):
                 total[0] += loss.detach()
                 total[1] += count
                 video, actions, draws = next(batches)  # of the next round, while a GPU is at work on this one
-            total[2] = len(asked_to_stop)
+            total[2] = len(signals)
             dist.all_reduce(total)
             loss, count, asked = total.tolist()
             count = max(count, 1)  # in a small batch no token at all may be hidden
@@ -235,16 +242,14 @@ def train(config):
             average(ema, model, min(config.ema, (1 + step) / (10 + step)))
 
             # What is written. All processes take part, for with --shard each of them holds a piece.
-            done, ends = step == config.steps, step == last or asked > 0
+            ends = step == last or asked > 0
             log.bar.update()
             if is_due(config.log_every, step, ends):
                 log.write(step, loss=loss, lr=lr, grad_norm=norm)
             if is_due(config.save_every, step, ends):
                 save_checkpoint(file, model, optimizer, ema, step, config, about)
-            if is_due(config.sample_every, step, done):
+            if is_due(config.sample_every, step, step == config.steps):
                 show(config, about, sizes, ema, folder, step, device)
-            if ends:
-                break
 
     log.bar.close()
     if step == config.steps:
@@ -286,18 +291,18 @@ def settle(config, say):
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and has_run(config.out):
         config.resume = True  # torchrun --max-restarts has begun this run again
 
-    # A process's share of the batch goes into as few micro-batches as fit its memory; the paper's models fit a
-    # CPU's with one clip at a time.
+    # A process's share of the batch goes into as few micro-batches as fit its memory.
     _, world = rank_and_world()
-    parts, share = world * (config.accum or 1), config.batch // world
-    if config.batch % parts:
-        raise DataError(f"--batch {config.batch} cannot be divided among {world} processes x --accum "
-                        f"{config.accum or 1}: give a multiple of {parts}")
     paper_on_cpu = config.preset == "paper" and not has_gpu
     if not config.accum:
-        fits, config.accum = 1 if paper_on_cpu else preset.get("micro", share), 1
+        share, config.accum = config.batch // world, 1
+        fits = 1 if paper_on_cpu else preset.get("micro", share)
         while share % config.accum or share // config.accum > fits:
             config.accum += 1
+    parts = world * config.accum
+    if config.batch % parts:
+        raise DataError(f"--batch {config.batch} cannot be divided among {world} processes x --accum "
+                        f"{config.accum}: give a multiple of {parts}")
     if paper_on_cpu and not config.checkpoint_activations:
         config.checkpoint_activations = "products"
         say("no GPU: one clip at a time, holding no more than --checkpoint_activations products")
@@ -321,7 +326,7 @@ def check_flags(config):
         low = f.metadata.get("low", 1 if f.type is int else None)
         below = f.metadata.get("below", math.inf)
         if None not in (value, low) and not low <= value < below:
-            raise DataError(f"--{f.name} {value} makes no sense: give at least {low}, and less than {below}")
+            raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
 
 
 def model_config(config, clips):
@@ -358,7 +363,7 @@ def describe(config, sizes, folder, clips, tokenizer):
     return {"model_config": asdict(sizes), "data": data, "tokenizer": tokenizer}
 
 
-# ---- processes, devices and number types ---------------------------------------------------------
+# ---- processes, devices, number types, signals ---------------------------------------------------
 
 
 def join_processes(backend):
@@ -383,8 +388,8 @@ def device_of():
         return "cpu", torch.device("cpu")
     here, n = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if here > n:
-        raise DataError(f"there are {n} CUDA devices for {here} processes: give --nproc_per_node={n}, or hide "
-                        "them with CUDA_VISIBLE_DEVICES= to train on the CPU")
+        raise DataError(f"there are {n} CUDA devices for {here} processes: give --nproc_per_node={n}, or "
+                        "train on the CPU with CUDA_VISIBLE_DEVICES=")
     return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
@@ -410,9 +415,6 @@ def faster_dtype(kind, device):
 
 def distribute(model, config, device):
     """The model as it is trained: whole on every process (DDP), or with --shard in pieces (FSDP2)."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     if config.compile:
         compile_blocks(model)
     if config.shard:
@@ -425,6 +427,37 @@ def distribute(model, config, device):
         return model
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def remembered_signals():
+    """A list that grows with every Ctrl-C, SIGTERM or SIGHUP (a closed terminal), so that the loop can finish
+    its step. A second Ctrl-C stops at once, unless within a second: torchrun hands on the first."""
+    arrived = []
+
+    def remember(number, _):
+        if number == signal.SIGINT and arrived and time.monotonic() > arrived[0] + 1:
+            raise KeyboardInterrupt
+        arrived.append(time.monotonic())
+
+    before = {s: signal.getsignal(s) for s in STOPPING}
+    for s, handler in before.items():
+        if s == signal.SIGINT or handler != signal.SIG_IGN:  # a run under nohup outlives its terminal
+            signal.signal(s, remember)
+    try:
+        yield arrived
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def ignore_signals(_):
+    """For processes that read clips: Ctrl-C reaches them, too, but when to stop is for the loop to say."""
+    for s in STOPPING:
+        signal.signal(s, signal.SIG_IGN)
 
 
 # ---- the folder of a run -------------------------------------------------------------------------
@@ -453,8 +486,8 @@ def open_run_folder(config, say):
 
 
 def hold(folder):
-    """Locks FOLDER/lock, which says who holds it, until the file returned is closed. A lock of this kind vanishes
-    with its process, however that ends, and processes that read clips do not inherit it."""
+    """Locks FOLDER/lock, which says who holds it, until the file returned is closed. The lock vanishes with
+    the process, however that ends, and processes that read clips do not inherit it."""
     os.makedirs(folder, exist_ok=True)
     try:
         import fcntl
@@ -472,19 +505,19 @@ def hold(folder):
 
 
 def check_resumed(config, saved, about, say):
-    """Refuses other data than before, though not another path to it; a run that gets longer is told its rate."""
+    """Refuses other data than before, but not another path to it. A run may become longer."""
     then, now, step, steps = saved["data"], about["data"], saved["step"], saved["config"]["steps"]
     if any(then.get(key, now[key]) != now[key] for key in ("clips", "sha256")):
-        raise DataError(f"the checkpoint in {config.out} is of another run: its data, {then['path']}, is not that "
-                        f"of {now['path']}; give the same --data, or another --out")
+        raise DataError(f"the checkpoint in {config.out} is of another run, on {then['path']}, whose clips "
+                        f"are not those of {now['path']}: give the same --data, or another --out")
     if config.steps < steps:
-        raise DataError(f"--steps {config.steps}: the run in {config.out} has {steps} steps; give as many or more")
+        raise DataError(f"--steps {config.steps}: the run in {config.out} has {steps}; give as many or more")
     if 0 < config.stop_after <= step:
-        raise DataError(f"--stop_after {config.stop_after}: the run in {config.out} is at step {step} already")
+        raise DataError(f"--stop_after {config.stop_after}: the run in {config.out} is at {step} already")
     say(f"resuming {config.out}/ckpt.pt at step {step}")
     if config.steps > steps:
-        say(f"prolonged from {steps} to {config.steps} steps: from here on the rate is that of a {config.decay} "
-            f"schedule over {config.steps} steps, now {learning_rate(config, step):.3g}")
+        say(f"prolonged from {steps} to {config.steps} steps: the {config.decay} schedule is now over all of "
+            f"them, and the rate goes on at {learning_rate(config, step):.3g}")
 
 
 class Log:
@@ -540,8 +573,8 @@ def refuse(config, step, loss, norm, stream):
     """Ends a run whose loss is not finite. No checkpoint is written, so that the last good one stays."""
     first = step * config.batch
     names = [stream.clips.where(stream.clip_index(p)) for p in range(first, first + min(config.batch, 4))]
-    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; the checkpoint in {config.out} is as "
-                    f"it was; the batch began with {', '.join(names)}: look at these clips, or lower --lr")
+    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; {config.out}/ckpt.pt is as it was. "
+                    f"The batch began with {', '.join(names)}: look at these clips, or lower --lr")
 
 
 def show(config, about, sizes, ema, folder, step, device):
@@ -561,68 +594,30 @@ def show(config, about, sizes, ema, folder, step, device):
     barrier()
 
 
-# ---- signals -------------------------------------------------------------------------------------
-
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-@contextlib.contextmanager
-def remembered_signals():
-    """A list that grows when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) arrives: the loop ends after its step.
-    A second Ctrl-C stops at once, but not within a second of the first, which torchrun hands on as well."""
-    arrived = []
-
-    def remember(number, _):
-        if number == signal.SIGINT and arrived and time.monotonic() > arrived[0] + 1:
-            raise KeyboardInterrupt
-        arrived.append(time.monotonic())
-
-    before = {s: signal.getsignal(s) for s in STOPPING}
-    for s, handler in before.items():
-        if s == signal.SIGINT or handler != signal.SIG_IGN:  # a run under nohup outlives its terminal
-            signal.signal(s, remember)
-    try:
-        yield arrived
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def ignore_signals(_):
-    """For processes that read clips: Ctrl-C reaches them, too, but when to stop is for the loop to say."""
-    for s in STOPPING:
-        signal.signal(s, signal.SIG_IGN)
-
-
 # ---- the command line ----------------------------------------------------------------------------
-
-
-def add_flag(parser, f, note):
-    """A flag for a field of a dataclass. Where it is not given, the parsed arguments do not mention it."""
-    more = {"type": f.type, "choices": f.metadata.get("choices")}
-    if f.type is bool:
-        more = {"action": argparse.BooleanOptionalAction}
-    if "alone" in f.metadata:
-        more.update(nargs="?", const=f.metadata["alone"])
-    help = f.metadata.get("help", "").replace("%", "%%")
-    required = f.name in ("model", "variant")
-    parser.add_argument(f"--{f.name}", help=help + note, required=required, default=argparse.SUPPRESS, **more)
 
 
 def parse(argv=None):
     """The command line -> TrainConfig. Its knobs are flags, and so are the options of both models."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = {**model_options("masked"), **model_options("flow")}
     knobs = [f for f in fields(TrainConfig) if f.name != "options"]
-    for f in knobs:
-        add_flag(p, f, f" (default {f.default})" if f.default else "")
-    group = p.add_argument_group("options of the models; default: the preset's")
-    masked, flow = model_options("masked"), model_options("flow")
-    for f in {**masked, **flow}.values():
-        owners = [name for name in MODELS if f.name in model_options(name)]
-        add_flag(group, f, f" ({', '.join(owners)})")
-    options = vars(p.parse_args(argv))
-    own = {f.name: options.pop(f.name) for f in knobs if f.name in options}
-    return TrainConfig(**own, options=options)
+    for f in [*knobs, *options.values()]:
+        note = f" (default {f.default})" if f.default else ""
+        if f.name in options:
+            owners = [name for name in MODELS if f.name in model_options(name)]
+            note = f" (of {' and '.join(owners)}; default: the preset's)"
+        more = {"type": f.type, "choices": f.metadata.get("choices")}
+        if f.type is bool:
+            more = {"action": argparse.BooleanOptionalAction}
+        if "alone" in f.metadata:  # it may be given without a value
+            more.update(nargs="?", const=f.metadata["alone"])
+        help = f.metadata.get("help", "").replace("%", "%%") + note
+        required = f.name in ("model", "variant")
+        p.add_argument(f"--{f.name}", help=help, required=required, default=argparse.SUPPRESS, **more)
+    given = vars(p.parse_args(argv))  # without the flags that were not given
+    own = {f.name: given.pop(f.name) for f in knobs if f.name in given}
+    return TrainConfig(**own, options=given)
 
 
 @command
