@@ -4,24 +4,21 @@
     torchrun --nproc_per_node=2 -- evaluate.py --ckpt out/flow_full/ckpt.pt --num 95    # the clips divided
     python evaluate.py --sizes                                              # the eight models, counted
 
-One evaluator for both families (Tables 1 and 2): one list of validation clips, evenly spread, no two of them
-overlapping; one target, the eight future frames after a trip through the model's own tokenizer (the paper's
-protocol). Rows beside the model's say what its number means: copying the last frame, the tokenizer's ceiling,
-the same dream with another clip's actions. A clip's noise comes from the seed and the clip alone and is the
-same in every row, so no score depends on how the work is divided. (The -- keeps torchrun from taking --num
-for an option of its own.)
+One evaluator serves both families (Tables 1 and 2): one list of validation clips that do not overlap, and one
+target, the eight future frames after a trip through the model's own tokenizer (the paper's protocol). Rows
+beside the model's say what its number means: copying the last frame, the tokenizer's ceiling, the same dream
+with another clip's actions. A clip's noise comes from the seed and the clip alone and is the same in every
+row, so no score depends on how the work is divided. (The -- keeps torchrun from taking --num for its own.)
 
-In this order: frames compared (PSNR, SSIM), sets of frames compared (FID, KID), one clip, all clips, tables.
-Frames are (n, H, W, 3) uint8 arrays, scores of frames (n,), features (n, d) float64 with d = 2048.
+Frames are (n, H, W, 3) uint8, scores of frames (n,), features of frames (n, d) float64 with d = 2048.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
-import socket
-import sys
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,355 +28,349 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-import tokenizer as tokenizers
-from blocks import VARIANTS
-from data import FRAMES, DataError, fingerprint, to_uint8
+from blocks import VARIANTS, compile_blocks
+from data import FRAMES, FUTURE, JOINTS, PAST, open_clips
 from flow_hwm import interpolate, target_velocity
-from sample import (MODELS, CheckpointError, add_sampling_flags, change_actions, check_fit,
-                    check_sampling_flags, compile_blocks, continue_video, load_model, load_tokenizer_for,
-                    replace, settings_of, to_latents, validation_clips)
-from tokenizer import TokenizerError
-from train import barrier, device_of, peak_gb, rank_and_world
+from sample import (MODELS, add_sampling_flags, change_actions, check_fit, check_sampling_flags,
+                    continue_video, load_model, load_tokenizer_for, settings_of, to_latents, validation_clips)
+from tokenizer import (PRESETS, DataError, Tokenizer, command, count_parameters, fingerprint, psnr,
+                       rank_and_world, to_uint8, write_whole)
+from train import barrier, device_of, peak_gb
 
 PAPER_SIZES = {  # billions, Tables 1 and 2
     "masked": {"split": 0.220, "base": 0.321, "modality": 0.237, "full": 0.195},
     "flow": {"split": 0.944, "base": 1.36, "modality": 0.886, "full": 0.648}}
-ROWS = {  # row: (its line in the table, what is compared, with what); "" is the model
+ROWS = {  # how a row's keys end: (its line in the table, which frames are compared, with which)
     "": ("model", "prediction", "target"),
-    "shuffled_actions": ("with another clip's actions", "shuffled", "target"),
-    "frozen_actions": ("with frozen actions", "frozen", "target"),  # the robot stands still
-    "copy_last": ("copy the last frame", "copy_last", "target"),
-    "raw": ("model against raw frames", "prediction", "raw"),
-    "ceiling": ("tokenizer against raw: ceiling", "target", "raw"),  # no dream can be expected to score more
-    "oracle": ("true latents: equals the ceiling", "oracle", "raw"),  # in place of the model's: a self-check
+    "_shuffled_actions": ("with another clip's actions", "shuffled", "target"),
+    "_frozen_actions": ("with frozen actions", "frozen", "target"),  # the robot stands still
+    "_copy_last": ("copy the last frame", "copy_last", "target"),
+    "_raw": ("model against raw frames", "prediction", "raw"),
+    "_ceiling": ("tokenizer against raw: ceiling", "target", "raw"),  # no dream can be expected to score more
+    "_oracle": ("true latents: equals the ceiling", "oracle", "raw"),  # a self-check: it knew the answer
 }
-T_BINS = (torch.arange(10) + 0.5) / 10  # of velocity_error: the middles of ten bins of t
+JOINT_GROUPS = {  # of the built-in robot and of 1X: how the names of a group's joints begin
+    "drive": "LINEAR", "turn": "ANGULAR", "neck": "NECK", "left_arm": "LEFT", "right_arm": "RIGHT"}
 
-
-# -----------------------------------------------------------------------------------------------------------
-# Frame against frame
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio of each frame in dB, (n, H, W, 3) uint8 twice -> (n,). A mean squared error
-    below 0.01 counts as 0.01, as in tokenizer.py: equal frames score 68.1 dB, and means stay finite."""
-    mse = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean((1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(mse, 0.01))
-
+# ---- frame against frame -------------------------------------------------------------------------
 
 def ssim(a, b):
-    """Structural similarity of each frame (Wang et al., 2004) -> (n,): means, variances and covariance under
-    a Gaussian window, 11 x 11 pixels, sigma 1.5, wherever it fits into the frame; mean over places and
+    """Structural similarity of each frame (Wang et al., 2004), (n, H, W, 3) uint8 twice -> (n,): from moments
+    under a Gaussian window of 11 x 11 pixels, sigma 1.5, wherever it fits; the mean over positions and
     colours."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    planes = lambda x: torch.as_tensor(x).to(device).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None]  # (3n, 1, H, W)
-    a, b = planes(a), planes(b)
-    g = torch.exp(-((torch.arange(11.0, dtype=torch.float64, device=device) - 5) ** 2) / (2 * 1.5**2))
-    g = g / g.sum()
-    blur = lambda x: F.conv2d(F.conv2d(x, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11))
-    m_a, m_b = blur(a), blur(b)
-    v_a, v_b, cov = blur(a * a) - m_a**2, blur(b * b) - m_b**2, blur(a * b) - m_a * m_b
-    c_1, c_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    s = (2 * m_a * m_b + c_1) * (2 * cov + c_2) / ((m_a**2 + m_b**2 + c_1) * (v_a + v_b + c_2))
-    return s.mean((1, 2, 3)).view(-1, 3).mean(1).cpu().numpy()
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    moments = gaussian_filter([a, b, a * a, b * b, a * b], (0, 0, 1.5, 1.5, 0), radius=5)
+    mean_a, mean_b, aa, bb, ab = moments[:, :, 5:-5, 5:-5]
+    product, squares = mean_a * mean_b, mean_a**2 + mean_b**2
+    covariance, variances = ab - product, aa + bb - squares
+    c_1, c_2 = 6.5025, 58.5225  # (0.01 * 255)^2 and (0.03 * 255)^2
+    similarity = (2 * product + c_1) * (2 * covariance + c_2) / ((squares + c_1) * (variances + c_2))
+    return similarity.mean((1, 2, 3))
 
-
-def interval(per_clip, n=10_000, seed=0):
-    """95 % bootstrap interval of the mean of per_clip (clips,): clips drawn again, with replacement. [low,
-    high]"""
-    x = np.asarray(per_clip, np.float64)
-    means = x[np.random.default_rng(seed).integers(len(x), size=(n, len(x)))].mean(1)
+def interval(values, recordings, n=10_000, seed=0):
+    """95 % bootstrap interval [low, high] of the mean of values (clips,); None below eight clips. Clips of
+    one recording resemble one another, so whole recordings are drawn again, with replacement. recordings
+    (clips,) numbers the one that each clip belongs to."""
+    if len(values) < 8:
+        return None
+    _, recordings = np.unique(recordings, return_inverse=True)
+    total, count = np.bincount(recordings, values), np.bincount(recordings)
+    drawn = np.random.default_rng(seed).integers(len(total), size=(n, len(total)))
+    means = total[drawn].sum(1) / count[drawn].sum(1)
     return np.percentile(means, [2.5, 97.5]).tolist()
 
+# ---- set against set: FID (Heusel et al., 2017) and KID (Binkowski et al., 2018) -----------------
 
-# -----------------------------------------------------------------------------------------------------------
-# Set against set: FID (Heusel et al., 2017) and KID (Binkowski et al., 2018) on features of Inception-v3
-
-INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d"  # how its SHA-256 begins: the digits that its publisher states, in the name
+POOLS = {"average": nn.AvgPool2d(3, 1, 1, count_include_pad=False),  # no zeros from beyond the border
+         "largest": nn.MaxPool2d(3, 1, 1), "halve": nn.MaxPool2d(3, 2)}
 
-
-def block_a(pool):  # {branch: its convolutions, (channels, kernel)}
-    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(pool, 1)]}
-
-
-def block_c(c):
-    return {"branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, (1, 7)), (192, (7, 1))],
-            "branch7x7dbl": [(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
-            "branch_pool": [(192, 1)]}
-
-
-BLOCK_B = {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}
-BLOCK_D = {"branch3x3": [(192, 1), (320, 3)],
-           "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)]}
-BLOCK_E = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), (384, "fork")],  # fork: (1, 3) beside (3, 1)
-           "branch3x3dbl": [(448, 1), (384, 3), (384, "fork")], "branch_pool": [(192, 1)]}
-MIXED = [  # name, channels in, branches, pooling: before branch_pool; "halve": of all, and one more branch
-    ("Mixed_5b", 192, block_a(32), "avg"), ("Mixed_5c", 256, block_a(64), "avg"),
-    ("Mixed_5d", 288, block_a(64), "avg"), ("Mixed_6a", 288, BLOCK_B, "halve"),
-    ("Mixed_6b", 768, block_c(128), "avg"), ("Mixed_6c", 768, block_c(160), "avg"),
-    ("Mixed_6d", 768, block_c(160), "avg"), ("Mixed_6e", 768, block_c(192), "avg"),
-    ("Mixed_7a", 768, BLOCK_D, "halve"), ("Mixed_7b", 1280, BLOCK_E, "avg"),
-    ("Mixed_7c", 2048, BLOCK_E, "max")]
-
-
-class Conv(nn.Module):
-    """Convolution, batch norm with running statistics, ReLU."""
-
-    def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
-
+def conv(c_in, c_out, kernel, stride=1, padding="same"):
+    """Convolution, batch norm by running statistics, ReLU. With a stride there is no padding."""
+    padding = padding if stride == 1 else 0
+    return nn.Sequential(OrderedDict(
+        conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
+        bn=nn.BatchNorm2d(c_out, eps=1e-3), relu=nn.ReLU()))
 
 class Mixed(nn.Module):
-    """An Inception block: branches side by side, their channels concatenated."""
+    """An Inception block: branches side by side, their channels concatenated. A branch is a chain of layers,
+    {name: (channels, kernel[, stride])}, {name: ()} for a pool. Two branches may share their first layers."""
 
-    def __init__(self, c_in, branches, pool):
+    def __init__(self, c_in, *branches):
         super().__init__()
-        self.pool, self.chains = pool, {}
-        for branch, convs in branches.items():
-            c, self.chains[branch] = c_in, []
-            for n, (c_out, kernel) in enumerate(convs, 1):
-                name = branch if len(convs) == 1 else f"{branch}_{n}"
-                last = {"stride": 2, "padding": 0} if pool == "halve" and n == len(convs) else {}
-                parts = {name + "a": (1, 3), name + "b": (3, 1)} if kernel == "fork" else {name: kernel}
-                for part, k in parts.items():
-                    self.add_module(part, Conv(c, c_out, k, **last))
-                self.chains[branch].append(list(parts))
-                c = c_out
+        self.branches = branches
+        for branch in branches:
+            c = c_in
+            for name, sizes in branch.items():
+                self.add_module(name, conv(c, *sizes) if sizes else POOLS[name])
+                c = sizes[0] if sizes else c
 
     def forward(self, x):
         out = []
-        for branch, chain in self.chains.items():
+        for branch in self.branches:
             y = x
-            if branch == "branch_pool":
-                y = F.max_pool2d(x, 3, 1, 1) if self.pool == "max" else (
-                    F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-            for parts in chain:
-                y = torch.cat([getattr(self, part)(y) for part in parts], dim=1)
+            for name in branch:
+                y = self.get_submodule(name)(y)
             out.append(y)
-        if self.pool == "halve":
-            out.append(F.max_pool2d(x, 3, 2))
         return torch.cat(out, dim=1)
 
+def mixed_5(c_in, pooled):
+    return Mixed(c_in, {"branch1x1": (64, 1)},
+                 {"branch5x5_1": (48, 1), "branch5x5_2": (64, 5)},
+                 {"branch3x3dbl_1": (64, 1), "branch3x3dbl_2": (96, 3), "branch3x3dbl_3": (96, 3)},
+                 {"average": (), "branch_pool": (pooled, 1)})
 
-class Inception(nn.Module):
-    """Inception-v3 as the FID literature has it, TensorFlow's of 2015: average pools leave the border out,
-    the last block pools by maximum. Parameters are named as in pytorch-fid's file. Frames are resized to
-    `size`."""
+def mixed_6(c):
+    return Mixed(768, {"branch1x1": (192, 1)},
+                 {"branch7x7_1": (c, 1), "branch7x7_2": (c, (1, 7)), "branch7x7_3": (192, (7, 1))},
+                 {"branch7x7dbl_1": (c, 1), "branch7x7dbl_2": (c, (7, 1)), "branch7x7dbl_3": (c, (1, 7)),
+                  "branch7x7dbl_4": (c, (7, 1)), "branch7x7dbl_5": (192, (1, 7))},
+                 {"average": (), "branch_pool": (192, 1)})
+
+def mixed_7(c_in, pool):
+    double = {"branch3x3dbl_1": (448, 1), "branch3x3dbl_2": (384, 3)}
+    return Mixed(c_in, {"branch1x1": (320, 1)},
+                 {"branch3x3_1": (384, 1), "branch3x3_2a": (384, (1, 3))},
+                 {"branch3x3_1": (384, 1), "branch3x3_2b": (384, (3, 1))},
+                 {**double, "branch3x3dbl_3a": (384, (1, 3))},
+                 {**double, "branch3x3dbl_3b": (384, (3, 1))},
+                 {pool: (), "branch_pool": (192, 1)})
+
+class Inception(nn.Sequential):
+    """Inception-v3 as pytorch-fid has it, with the names of its file: TensorFlow's of 2015, on frames resized
+    bilinearly to `size`. (The paper's scripts use clean-fid, for flow on the first frame only: their FIDs and
+    ours do not compare.) Frames (n, H, W, 3) uint8 -> features (n, 2048)."""
 
     def __init__(self, size=299):
-        super().__init__()
+        super().__init__(OrderedDict(
+            Conv2d_1a_3x3=conv(3, 32, 3, stride=2), Conv2d_2a_3x3=conv(32, 32, 3, padding=0),
+            Conv2d_2b_3x3=conv(32, 64, 3), pool_2=POOLS["halve"], Conv2d_3b_1x1=conv(64, 80, 1),
+            Conv2d_4a_3x3=conv(80, 192, 3, padding=0), pool_4=POOLS["halve"],  # (n, 192, 35, 35) for size 299
+            Mixed_5b=mixed_5(192, 32), Mixed_5c=mixed_5(256, 64), Mixed_5d=mixed_5(288, 64),
+            Mixed_6a=Mixed(288, {"branch3x3": (384, 3, 2)}, {  # (n, 768, 17, 17)
+                "branch3x3dbl_1": (64, 1), "branch3x3dbl_2": (96, 3), "branch3x3dbl_3": (96, 3, 2)},
+                {"halve": ()}),
+            Mixed_6b=mixed_6(128), Mixed_6c=mixed_6(160), Mixed_6d=mixed_6(160), Mixed_6e=mixed_6(192),
+            Mixed_7a=Mixed(768, {"branch3x3_1": (192, 1), "branch3x3_2": (320, 3, 2)}, {  # (n, 1280, 8, 8)
+                "branch7x7x3_1": (192, 1), "branch7x7x3_2": (192, (1, 7)),
+                "branch7x7x3_3": (192, (7, 1)), "branch7x7x3_4": (192, 3, 2)}, {"halve": ()}),
+            Mixed_7b=mixed_7(1280, "average"), Mixed_7c=mixed_7(2048, "largest")))
         self.size = size
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding=0)
-        self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = Conv(32, 32, 3, padding=0), Conv(32, 64, 3)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3, padding=0)
-        for name, c_in, branches, pool in MIXED:
-            self.add_module(name, Mixed(c_in, branches, pool))
+        self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, frames):
-        """(n, H, W, 3) uint8 array -> features (n, 2048) float64 array"""
-        x = torch.as_tensor(frames).to(next(self.parameters()).device).permute(0, 3, 1, 2).float() / 255
-        x = 2 * F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False) - 1
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
-        x = F.max_pool2d(x, 3, 2)  # (n, 192, 35, 35) for size 299
-        for name, *_ in MIXED:
-            x = getattr(self, name)(x)
-        return x.mean((2, 3)).double().cpu().numpy()  # (n, 2048, 8, 8) -> (n, 2048)
-
-
-def random_inception(size=96, seed=0):
-    """The same network with He-normal weights of a fixed seed: features without a file. Distances between
-    them rise with blur and noise as FID does, but are not FID and compare with no other features. Smaller
-    frames, for speed."""
-    net, g = Inception(size), torch.Generator().manual_seed(seed)
-    for p in net.parameters():
-        if p.ndim == 4:
-            nn.init.kaiming_normal_(p, generator=g)
-    return net
-
+        x = torch.as_tensor(frames).to(self.Conv2d_1a_3x3.conv.weight.device)
+        x = x.permute(0, 3, 1, 2) / 255
+        x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        x = super().forward(2 * x - 1)  # (n, 2048, 8, 8)
+        return x.mean((2, 3)).cpu().double().numpy()
 
 def load_inception(file="", say=print):
-    """-> (network, "inception" | "random_inception"). file: the weights, or "random"; "": torch hub's cache,
-    else a download into it, else random_inception with a sentence that says what to do."""
-    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(INCEPTION_URL))
-    if not file and not os.path.exists(cached):
-        patience = socket.getdefaulttimeout()
+    """-> (network, "inception" | "random_inception"). file: its weights; "": those in torch hub's cache,
+    which are fetched if need be. "random", or where they cannot be fetched: the same network with weights of
+    a fixed seed, on smaller frames. Distances of its features rise with blur and noise, but are not FID."""
+    if not file:
+        file = f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}"
         try:
-            os.makedirs(os.path.dirname(cached), exist_ok=True)
-            socket.setdefaulttimeout(10)
-            torch.hub.download_url_to_file(INCEPTION_URL, cached, hash_prefix=INCEPTION_SHA256)
+            if not os.path.exists(file):
+                torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as e:
-            say(f"FID needs Inception-v3, and {INCEPTION_URL} cannot be had ({e}): put that file into "
-                f"{os.path.dirname(cached)} or name it with --inception; for now fd_random_inception, no FID")
+            say(f"FID needs Inception-v3, and {INCEPTION_URL} cannot be had ({e}): put that file at {file} "
+                "or name it with --inception; for now there is fd_random_inception and no FID")
             file = "random"
-        finally:
-            socket.setdefaulttimeout(patience)
     if file == "random":
-        net, name = random_inception(), "random_inception"
-    else:
-        net, name, file = Inception(), "inception", file or cached
-        if not os.path.isfile(file):
-            raise DataError(f"there is no file {file}: give Inception's, from {INCEPTION_URL}, or: random")
-        if not fingerprint(file).startswith(INCEPTION_SHA256):
-            raise DataError(f"{file} is not the Inception of the FID literature (its SHA-256 does not begin "
-                            f"with {INCEPTION_SHA256}): get {INCEPTION_URL}")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        net.load_state_dict({k: state[k] for k in net.state_dict()})  # all but the classifier
-    return net.eval().requires_grad_(False), name
+        net, generator = Inception(size=96), torch.Generator().manual_seed(0)
+        for p in net.parameters():
+            if p.ndim == 4:
+                nn.init.kaiming_normal_(p, generator=generator)
+        return net, "random_inception"
+    if not os.path.isfile(file) or not fingerprint(file).startswith(INCEPTION_SHA256):
+        raise DataError(f"{file} is not the Inception of the FID literature, a file whose SHA-256 begins "
+                        f"with {INCEPTION_SHA256}: get {INCEPTION_URL}, or give --inception random")
+    net, state = Inception(), torch.load(file, map_location="cpu", weights_only=True)
+    net.load_state_dict({k: state[k] for k in net.state_dict()})  # all but the classifier
+    return net, "inception"
 
+def frechet(x, y):
+    """Frechet distance of two sets of features ([clips,] n, d), each taken for a Gaussian of mean m and
+    covariance S: |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^1/2. With S = R'R, where R comes from a QR
+    decomposition of the centred features, the last trace is the sum of the singular values of R_1 R_2'."""
+    x, y = np.vstack(x), np.vstack(y)
+    m_1, m_2 = x.mean(0), y.mean(0)
+    R_1 = np.linalg.qr(x - m_1, mode="r") / math.sqrt(len(x) - 1)
+    R_2 = np.linalg.qr(y - m_2, mode="r") / math.sqrt(len(y) - 1)
+    root = scipy.linalg.svdvals(R_1 @ R_2.T).sum()
+    return float(np.square(m_1 - m_2).sum() + np.square(R_1).sum() + np.square(R_2).sum() - 2 * root)
 
-@dataclass
-class Moments:
-    """Number, mean and scatter (sum of outer products of deviations) of features, in float64. `+` merges
-    those of disjoint sets (Chan et al., 1979), so that batches and ranks may come in any order."""
-    n: int = 0
-    mean: np.ndarray = 0.0  # (d,)
-    scatter: np.ndarray = 0.0  # (d, d)
+def kid(x, y):
+    """Squared maximum mean discrepancy of two sets of as many features, kernel (x.y / d + 1)^3, unbiased: no
+    frame is compared with itself."""
+    def kernel(a, b):
+        return (a @ b.T / len(a.T) + 1) ** 3
 
-    @classmethod
-    def of(cls, x):
-        x = np.asarray(x, np.float64)
-        return cls(len(x), x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)))
+    x, y = np.vstack(x), np.vstack(y)
+    n, within = len(x), kernel(x, x) + kernel(y, y)
+    others = (within.sum() - np.trace(within)) / (n * (n - 1))
+    return float(others - 2 * kernel(x, y).mean())
 
-    def __add__(self, other):
-        n, gap = self.n + other.n, np.asarray(other.mean - self.mean)
-        between = np.multiply.outer(gap, gap) * (self.n * other.n / max(n, 1))
-        return Moments(n, self.mean + gap * (other.n / max(n, 1)), self.scatter + other.scatter + between)
+def set_scores(features, recordings, seed=0, n_halves=50):
+    """features (clips, 8 + 8 + 1, d) of dreamt frames, target frames and the last past frame -> FD and KID
+    with 95 % intervals, and the floor of FD: between the targets of every other clip, two halves that show
+    different scenes. (Dreams and targets show the same scenes, so FD may lie below the floor.)"""
+    n = len(features)
+    dreamt, real, last = np.split(features, [FUTURE, 2 * FUTURE], axis=1)
+    some = np.arange(0, n, math.ceil(n / 128))  # KID and the halves look at 128 clips at most
+    fd, kd = frechet(dreamt, real), kid(dreamt[some], real[some])
+    out = {"fid": fd, "fid_ci": None, "fid_frames": n * FUTURE,
+           "fid_copy_last": frechet(last.repeat(FUTURE, axis=1), real),
+           "fid_floor": frechet(real[::2], real[1::2]), "fid_floor_frames": n // 2 * FUTURE,
+           "kid": kd, "kid_ci": None, "kid_frames": len(some) * FUTURE}
+    if n < 8:
+        return out
 
-    @property
-    def cov(self):
-        return self.scatter / (self.n - 1)
+    # The intervals. why halves: recordings drawn with replacement come twice, which inflates both distances.
+    # Random halves of the recordings spread around their mean as the whole does around the truth.
+    names, rng, halves = np.unique(recordings[some]), np.random.default_rng(seed), []
+    for _ in range(n_halves):
+        drawn = rng.permutation(names)[: len(names) // 2]
+        half = some[np.isin(recordings[some], drawn)]
+        x, y = dreamt[half], real[half]
+        halves.append([frechet(x, y), kid(x, y)])
+    halves -= np.mean(halves, axis=0)
+    fd_around, kd_around = np.percentile(halves, [2.5, 97.5], axis=0).T  # (low, high) each
+    narrower = math.sqrt(len(some) / n)  # FD looks at all clips, so it varies less than the halves say
+    out["fid_ci"], out["kid_ci"] = (fd + narrower * fd_around).tolist(), (kd + kd_around).tolist()
+    return out
 
+# ---- what is scored ------------------------------------------------------------------------------
 
-def frechet(a, b):
-    """Frechet distance of two Gaussians, as Moments: |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^1/2.
-    The last is the sum of the roots of the eigenvalues of R' S_2 R with R R' = S_1: symmetric, so they are
-    real. The square root of S_1 would do for R; a pivoted Cholesky factor (d, rank) is faster and leaves out
-    directions in which S_1 has no width (n frames span n - 1): the roots of their rounding would add up."""
-    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(a.cov, lower=1)
-    R = np.zeros((len(factor), rank))
-    R[order - 1] = np.tril(factor)[:, :rank]
-    roots = np.sqrt(scipy.linalg.eigvalsh(R.T @ b.cov @ R).clip(min=0))
-    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.cov) + np.trace(b.cov) - 2 * roots.sum())
-
-
-def grams(x, y):
-    """Inner products over d of two sets of features: xx, xy, yy. FD and KID of any part of them need no
-    more."""
-    return x @ x.T / x.shape[1], x @ y.T / x.shape[1], y @ y.T / x.shape[1]
-
-
-def gram_frechet(xx, xy, yy, d):
-    """`frechet` of two sets of one size n by a second formula, fast for n < d: tr (S_1 S_2)^1/2 is the sum of
-    the singular values of the centred xy, over n - 1."""
-    centred = lambda g: g - g.mean(0) - g.mean(1, keepdims=True) + g.mean()
-    spread = np.trace(centred(xx)) + np.trace(centred(yy)) - 2 * scipy.linalg.svdvals(centred(xy)).sum()
-    return d * float(xx.mean() + yy.mean() - 2 * xy.mean() + spread / (len(xx) - 1))
-
-
-def kid(xx, xy, yy):
-    """Squared maximum mean discrepancy, kernel (x.y / d + 1)^3, unbiased: no frame is compared with
-    itself."""
-    k_xx, k_xy, k_yy = ((g + 1) ** 3 for g in (xx, xy, yy))
-    others = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
-    return float(others(k_xx) + others(k_yy) - 2 * k_xy.mean())
-
-
-def set_scores(moments, features, seed=0, n_halves=50):
-    """moments {"model", "copy_last", 0, 1}, the last two of the targets of every other clip; features
-    (clips, 2, 8, d) of the dreamt and target frames of some clips -> FD and KID with 95 % intervals over
-    clips. Clips drawn with replacement would come twice, which inflates both; random halves spread around
-    their mean as the whole would. Dreams and targets show the same scenes: FD may lie below the floor, which
-    is between two halves that do not, each with half the frames."""
-    real, (n, _, n_f, d) = moments[0] + moments[1], features.shape
-    by_clip = [g.reshape(n, n_f, n, n_f) for g in grams(*features.swapaxes(0, 1).reshape(2, n * n_f, d))]
-    part = lambda some: [g[some][:, :, some].reshape(len(some) * n_f, -1) for g in by_clip]
-    rng = np.random.default_rng(seed)
-    halves = (part(rng.permutation(n)[: n // 2]) for _ in range(n_halves))
-    spread = np.array([(gram_frechet(*g, d), kid(*g)) for g in halves])
-    low, high = np.percentile(spread - spread.mean(0), [2.5, 97.5], axis=0)
-    narrower = math.sqrt(n * n_f / real.n)  # FD looks at all clips, where KID and the halves look at some
-    fid, k = frechet(moments["model"], real), kid(*part(np.arange(n)))
-    return {"fid": fid, "fid_ci": [fid + low[0] * narrower, fid + high[0] * narrower], "fid_frames": real.n,
-            "fid_copy_last": frechet(moments["copy_last"], real),
-            "fid_floor": frechet(moments[0], moments[1]), "fid_floor_frames": moments[1].n,
-            "kid": k, "kid_ci": [k + low[1], k + high[1]], "kid_frames": n * n_f}
-
-
-# -----------------------------------------------------------------------------------------------------------
-# One clip
-
+def spread(n, num):
+    """`num` of the numbers 0 .. n - 1, from the first to the last."""
+    return np.linspace(0, n - 1, num).round().astype(int).tolist()
 
 def choose_clips(clips, num):
     """`num` clips evenly spread over those of which none overlaps another, in the order of the recording."""
-    span, stride = FRAMES * clips.meta.get("frame_stride", 1), clips.meta.get("stride")
-    apart = range(0, len(clips), -(-span // stride) if clips.meta.get("windows") else 1)
+    step = 1
+    if clips.meta.get("windows"):  # stored latents of clips that overlap
+        step = math.ceil(FRAMES * clips.meta["frame_stride"] / clips.meta["stride"])
+    apart = range(0, len(clips), step)
     if num > len(apart):
-        raise DataError(f"--num {num} is more than the {len(apart)} validation clips of {clips.path}: give a "
-                        "smaller --num")
-    if len(clips) < 2:
-        raise DataError(f"{clips.path} holds one validation clip: a second is needed, for its actions")
-    return [apart[i] for i in np.linspace(0, len(apart) - 1, num).round().astype(int)]
+        raise DataError(f"--num {num} is more than the {len(apart)} validation clips of {clips.path} (two at "
+                        "least, for one lends the other its actions): give a smaller --num")
+    return [apart[i] for i in spread(len(apart), num)]
 
+def clip_list(clips, chosen):
+    """-> (SHA-256 of the recording, first frame and stride of every chosen clip; the recordings (clips,)).
+    Scores of other lists do not compare. Raw video and latents made of it give the same list: stored clips
+    follow one another every 17 frames, however far apart they were cut."""
+    segments = clips.segment(clips.starts)
+    _, recordings = np.unique(segments, return_inverse=True)  # counted without those that hold no clip
+    first = (clips.starts - clips.edges[segments]) * clips.meta.get("stride", FRAMES) // FRAMES
+    stride = np.full_like(first, clips.meta.get("frame_stride", clips.frame_stride))
+    rows = np.stack([recordings, first, stride], axis=1)[chosen]
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(), recordings[chosen]
+
+def action_groups(clips, chosen):
+    """{group: its columns of an action}, eight at most: as metadata.json says ("groups": {name: [columns]}),
+    else JOINT_GROUPS, else a group for each beginning of a name, up to its first "." or "_". Groups that do
+    not change within the chosen clips are left out."""
+    groups = {}
+    for column, name in enumerate(clips.names):
+        beginning = name.replace(".", "_").partition("_")[0]
+        groups.setdefault(beginning, []).append(column)
+    if clips.names == JOINTS:
+        groups = {group: groups[beginning] for group, beginning in JOINT_GROUPS.items()}
+    groups = clips.meta.get("groups", groups)
+
+    frames = [clips.starts[i] + clips.frame_stride * np.arange(clips.frames) for i in chosen]
+    moves = np.ptp(clips.states(np.concatenate(frames)), axis=0) > 1e-6  # (A,)
+    try:
+        groups = [(group, columns) for group, columns in groups.items() if moves[columns].any()]
+    except (AttributeError, IndexError):
+        raise DataError(f"{clips.path}/metadata.json says groups = {groups!r:.100}: give {{name: [columns]}} "
+                        f"with columns of 0..{clips.action_dim - 1}") from None
+    return dict(groups[:8])
+
+# ---- one clip ------------------------------------------------------------------------------------
+
+def actions_told(model, clips, actions, another, groups):
+    """{name: actions (F, A)}, what each dream of a clip is told. All begin with the clip's own nine. The
+    eight that follow are its own ("prediction", "oracle"), those of `another` clip ("shuffled"), that clip's
+    in the columns of one group ("only drive"), or those of a robot that stands still ("frozen")."""
+    told = {"prediction": actions, "oracle": actions}
+    for name in ("shuffled", "frozen"):
+        told[name] = change_actions(name, actions, model, clips, PAST, another)
+    for group, columns in groups.items():
+        told[f"only {group}"] = actions.clone()
+        told[f"only {group}"][PAST:, columns] = another[PAST:, columns]
+    return told
 
 @torch.no_grad()
-def dream_clip(model, tokenizer, clips, i, other, seed=0, **settings):
-    """Clip i: its frames in every form that ROWS compares, {name: (8, H, W, 3)}, and the model's own scores.
-    `other` is the clip whose actions are borrowed; all dreams start from the same noise."""
-    n_p, n_f = model.layout.lengths[2:]
-    clip = clips[i]
-    z = to_latents(clip["video"], tokenizer)
-    past, future = z.split([model.layout.T_p, z.shape[-3] - model.layout.T_p], dim=-3)
+def dream_clip(model, tokenizer, clip, told, seed=0, **settings):
+    """A clip of nine frames and n windows of eight -> ({name: frames (8 n, H, W, 3)}, every form of the
+    windows that is compared; the latents of each window (n, [C,] T, H, W)). There is one dream for each name
+    in `told`, all from the same noise; "oracle" is that of a model that knows the first window's latents."""
+    video, windows = clip["video"], [clip["video"]]
+    is_raw = video.dtype == torch.uint8
+    if is_raw:  # with each window the nine frames before it
+        windows = video.unfold(0, FRAMES, FUTURE).permute(0, 4, 1, 2, 3)  # (n, 17, H, W, 3)
 
-    def frames(source, name):  # what the dreamer `source` makes of the actions of that name
-        actions = change_actions(name, clip["actions"], model, clips, n_p, clips[other]["actions"])
-        g = torch.Generator().manual_seed(seed + i)
-        return continue_video(source, tokenizer, past, actions[None], generator=g, **settings)[0].numpy()
+    # 1. Through the tokenizer, each window by itself: the target, and the past that all dreams begin with.
+    z = torch.cat([to_latents(window, tokenizer) for window in windows])
+    past, future = z[:1].tensor_split([model.layout.T_p], dim=-3)
+    decoded = to_uint8(tokenizer.decode(z).cpu())  # (n, 17, H, W, 3)
+    target = decoded[:, PAST:].flatten(0, 1)
+    shown = {"target": target, "copy_last": decoded[0, PAST - 1].expand_as(target)}
+    if is_raw:
+        shown["raw"] = video[PAST:]
 
+    # 2. The dreams.
     oracle = SimpleNamespace(layout=model.layout, parameters=model.parameters, sample=lambda *_, **__: future)
-    video = to_uint8(tokenizer.decode(z).cpu())[0].numpy()  # (F, H, W, 3)
-    shown = {"target": video[n_p:], "copy_last": video[n_p - 1 : n_p].repeat(n_f, 0),
-             "prediction": frames(model, "true"), "shuffled": frames(model, "shuffled"),
-             "frozen": frames(model, "frozen"), "oracle": frames(oracle, "true")}
-    if clips.kind == "raw":
-        shown["raw"] = clip["video"][n_p:].numpy()
-    own = token_scores if tokenizer.kind == "discrete" else velocity_scores
-    return shown, own(model, z, clip["actions"][None].to(z.device), seed + i)
+    for name, actions in told.items():
+        noise = torch.Generator().manual_seed(seed + clip["index"])
+        dreamer = oracle if name == "oracle" else model
+        dreamt = continue_video(dreamer, tokenizer, past, actions[None], len(windows), noise, **settings)
+        shown[name] = dreamt[0]
+    return shown, z
 
+def compare(shown, rows, **measures):
+    """The frames of `dream_clip` -> {"psnr_copy_last": scores (frames,), ...}: each measure of each row of
+    which both sides are there."""
+    scores = {}
+    for row, (_, a, b) in rows.items():
+        if {a, b} <= shown.keys():
+            for name, measure in measures.items():
+                scores[f"{name}{row}"] = measure(shown[a], shown[b])
+    return scores
 
 def token_scores(model, L, actions, seed):
-    """Masked-HWM, all of the future hidden: cross-entropy in nats, and how often the likeliest id is the true
-    one."""
-    T_p = model.config.T_p
-    truth = L[:, T_p:]
-    logits = model.logits(L, torch.ones_like(truth, dtype=torch.bool), actions).float()  # (T_f*S, vocab)
-    return {"cross_entropy": F.cross_entropy(logits, truth.flatten()).item(),
+    """Masked-HWM, all of the future hidden: cross-entropy in nats, and how often the likeliest id is the
+    true one."""
+    L_p, L_f = L.tensor_split([model.config.T_p], dim=1)
+    hidden, truth = torch.ones_like(L_f, dtype=torch.bool), L_f.flatten()
+    logits = model.logits(L, hidden, actions).float()  # (T_f * S, vocab)
+    right = logits.argmax(-1) == truth
+    copied = L_p[:, -1:] == L_f
+    return {"cross_entropy": F.cross_entropy(logits, truth).item(),
             "ln_vocab": math.log(model.config.vocab_size),
-            "token_accuracy": (logits.argmax(-1) == truth.flatten()).float().mean().item(),
-            "copy_last_token_accuracy": (L[:, T_p - 1 : T_p] == truth).float().mean().item()}
-
+            "token_accuracy": right.float().mean().item(),
+            "copy_last_token_accuracy": copied.float().mean().item()}
 
 def velocity_scores(model, latents, actions, seed):
-    """Flow-HWM: mean squared error of the velocity (Eq. 3) at each of T_BINS, all from the same noise."""
-    c = model.config
-    v_p, X_1 = model.standardise(latents).split([c.T_p, latents.shape[2] - c.T_p], dim=2)
+    """Flow-HWM: mean squared error of the velocity (Eq. 3) at t = 0.05, 0.15 .. 0.95 from the same noise."""
+    t, sigma_min = torch.arange(0.05, 1, 0.1).to(latents), model.config.sigma_min
+    v_p, X_1 = model.standardise_latents(latents).tensor_split([model.config.T_p], dim=2)
     X_0 = torch.randn(X_1.shape, generator=torch.Generator().manual_seed(seed)).to(X_1)
-    t, ten = T_BINS.to(X_1), lambda x: x.expand(len(T_BINS), *x.shape[1:])
-    u = model.velocity(interpolate(ten(X_0), ten(X_1), t, c.sigma_min), t, ten(v_p), ten(actions))
-    error = (u - target_velocity(X_0, X_1, c.sigma_min)).square().flatten(1).mean(1)
-    return {"velocity_error": error.cpu().numpy()}
-
+    X_t = interpolate(X_0, X_1, t, sigma_min)  # (10, C, T_f, H, W)
+    u = model.velocity(X_t, t, v_p.repeat_interleave(10, dim=0), actions.repeat_interleave(10, dim=0))
+    error = (u - target_velocity(X_0, X_1, sigma_min)).square()
+    return {"velocity_error": error.flatten(1).mean(1).cpu().numpy()}
 
 @torch.no_grad()
 def speed(model, tokenizer, clips, chosen, **settings):
@@ -387,139 +378,198 @@ def speed(model, tokenizer, clips, chosen, **settings):
     Timed: sampling and decoding, from past latents to eight frames. Not timed: encoding, as in the paper (its
     models are given latents: "samples/s", "video latent decoding speed"), and a first batch that warms up."""
     z = torch.cat([to_latents(clips[i]["video"], tokenizer) for i in chosen])
-    past, actions = z.narrow(-3, 0, model.layout.T_p), torch.stack([clips[i]["actions"] for i in chosen])
+    past = z.narrow(-3, 0, model.layout.T_p)
+    actions = torch.stack([clips[i]["actions"] for i in chosen])
     if z.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        start, g = time.perf_counter(), torch.Generator().manual_seed(0)
-        continue_video(model, tokenizer, past, actions, generator=g, **settings)
+        start, noise = time.perf_counter(), torch.Generator().manual_seed(0)
+        continue_video(model, tokenizer, past, actions, generator=noise, **settings)
         seconds = time.perf_counter() - start  # the frames are on the CPU by now
     return len(chosen) / seconds, peak_gb(z.device.type)
 
-
-# -----------------------------------------------------------------------------------------------------------
-# All clips
-
+# ---- all clips -----------------------------------------------------------------------------------
 
 def evaluate(model, tokenizer, clips, num=64, seed=0, net=None, **settings):
-    """All numbers of one model as a dict, the keys as in --json; None on ranks other than 0. net: the feature
+    """All numbers of one model as a dict, the keys as in --json; {} on ranks other than 0. net: the feature
     network of FID (None: no FID); the settings are the sampler's."""
     rank, world = rank_and_world()
-    chosen, n_f = choose_clips(clips, num), model.layout.lengths[3]
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    out = {"params": count(model), "tokenizer_params": count(tokenizer), "clips": num, "frames": num * n_f,
-           "settings": {**settings, "seed": seed}}
-    if rank == 0:  # the others wait: processes that share a machine would time one another
+    listed = choose_clips(clips, max(num, 2))
+    chosen = listed[:num]
+    groups = action_groups(clips, chosen)
+    group_rows = {f" of {group}": ("", f"only {group}", "target") for group in groups}
+    name_of_list, recordings = clip_list(clips, chosen)
+    out = {"params": count_parameters(model), "tokenizer_params": count_parameters(tokenizer),
+           "clips": num, "frames": num * FUTURE, "clip_list": name_of_list,
+           "recordings": len(np.unique(recordings)), "settings": {**settings, "seed": seed}}
+    if out["recordings"] == 1:  # then clips are all there is to be drawn again
+        recordings = np.arange(num)
+
+    # 1. Speed, while the other ranks wait: processes that share a machine would time one another.
+    if rank == 0:
+        out["batch"] = min(num, 8)
         out["samples_per_s"], out["peak_gb"] = speed(model, tokenizer, clips, chosen[:8], **settings)
     barrier()
-    net = net and net.to(next(model.parameters()).device)
-    scores, features, moments = {}, {}, {name: Moments() for name in ("model", "copy_last", 0, 1)}
+
+    # 2. Every rank dreams its share of the clips. The clip that lends its actions is half the list away: a
+    # neighbour would move much the same.
+    found, own_scores = {}, token_scores if tokenizer.kind == "discrete" else velocity_scores
     for j in tqdm(range(rank, num, world), desc="evaluating", unit="clip", disable=rank > 0):
-        other = chosen[(j + num // 2) % num] if num > 1 else (chosen[j] + len(clips) // 2) % len(clips)
-        shown, own = dream_clip(model, tokenizer, clips, chosen[j], other, seed, **settings)
-        scores[j] = own, {row: {"psnr": psnr(shown[a], shown[b]), "ssim": ssim(shown[a], shown[b])}
-                          for row, (_, a, b) in ROWS.items() if a in shown and b in shown}
+        lender = listed[(j + len(listed) // 2) % len(listed)]
+        clip, another = clips[chosen[j]], clips[lender]["actions"]
+        told = actions_told(model, clips, clip["actions"], another, groups)
+        shown, z = dream_clip(model, tokenizer, clip, told, seed, **settings)
+        own = own_scores(model, z, clip["actions"][None].to(z.device), seed + chosen[j])
+        found[j] = own | compare(shown, ROWS, psnr=psnr, ssim=ssim) | compare(shown, group_rows, psnr=psnr)
         if net:
-            f = net(np.concatenate([shown["prediction"], shown["target"], shown["copy_last"][:1]]))
-            for name, x in (("model", f[:n_f]), (j % 2, f[n_f:-1]), ("copy_last", f[-1:].repeat(n_f, 0))):
-                moments[name] += Moments.of(x)
-            if j % -(-num // 128) == 0:  # KID and the intervals look at 128 clips at most
-                features[j] = f[:-1].reshape(2, n_f, -1)
-    parts = [None] * world
-    if world > 1:
-        dist.all_gather_object(parts, (scores, features, moments))
-    else:
-        parts = [(scores, features, moments)]
+            frames = [shown["prediction"], shown["target"], shown["copy_last"][:1]]
+            found[j]["features"] = net(torch.cat(frames))
+
+    # 3. Rank 0 puts the shares together.
+    table = gather(found)
     if rank > 0:
-        return None
-    scores, features = ({j: x for part in parts for j, x in part[k].items()} for k in (0, 1))
-    out |= summarise([scores[j] for j in range(num)])
-    if net and num >= 4:  # two clips in each half
-        moments = {name: sum((part[2][name] for part in parts), Moments()) for name in moments}
-        out |= set_scores(moments, np.stack([features[j] for j in sorted(features)]), seed)
+        return {}
+    out |= {key: table[key].mean(0).tolist() for key in own}
+    out |= summarise(table, groups, recordings)
+    if net:
+        out |= set_scores(table["features"], recordings, seed)
     return out
 
+def gather(found):
+    """{number: {key: scores}} of this process -> {key: scores (all numbers, ...)} of all processes."""
+    _, world = rank_and_world()
+    parts, together = [found], {}
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, found)
+    for part in parts:
+        together |= part
+    rows = [together[j] for j in sorted(together)]
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
-def summarise(scores):
-    """A list over clips of (the model's own scores, {row: {"psnr": (8,), "ssim": (8,)}}) -> the numbers of
-    --json: means, intervals over clips, curves over the eight frames; None in rows that need raw frames where
-    none are."""
-    out, per_clip = {}, {}
+def summarise(table, groups, recordings):
+    """{key: scores (clips, 8)} -> the numbers of --json: means, intervals, curves over the eight frames; None
+    in rows that need raw frames where none are."""
+    out = {"delta_psnr_groups": {}}
     for row in ROWS:
-        for key in ("psnr", "ssim"):
-            name = f"{key}_{row}".rstrip("_")
-            out[name] = out[f"{name}_per_frame"] = None
-            if row in scores[0][1]:
-                x = np.stack([rows[row][key] for _, rows in scores])  # (clips, 8)
-                out[name], out[f"{name}_per_frame"] = float(x.mean()), x.mean(0).tolist()
-                per_clip[name] = x.mean(1)
-    out["psnr_ci"] = interval(per_clip["psnr"])
-    for name, row in (("delta_psnr", "psnr_shuffled_actions"), ("gain_psnr", "psnr_copy_last")):
-        difference = per_clip["psnr"] - per_clip[row]
-        out[name], out[f"{name}_ci"] = float(difference.mean()), interval(difference)
-    return out | {key: np.mean([own[key] for own, _ in scores], axis=0).tolist() for key in scores[0][0]}
+        for key in (f"psnr{row}", f"ssim{row}"):
+            out[key] = float(table[key].mean()) if key in table else None
+            out[f"{key}_per_frame"] = table[key].mean(0).tolist() if key in table else None
 
+    def gain_over(key):
+        by_clip = (table["psnr"] - table[key]).mean(1)
+        return float(by_clip.mean()), interval(by_clip, recordings)
+
+    out["psnr_ci"] = interval(table["psnr"].mean(1), recordings)
+    out["gain_psnr"], out["gain_psnr_ci"] = gain_over("psnr_copy_last")
+    out["delta_psnr"], out["delta_psnr_ci"] = gain_over("psnr_shuffled_actions")
+    delta = table["psnr"] - table["psnr_shuffled_actions"]
+    out["delta_psnr_per_frame"] = delta.mean(0).tolist()
+    for group in groups:
+        delta, ci = gain_over(f"psnr of {group}")
+        out["delta_psnr_groups"][group] = {"delta_psnr": delta, "ci": ci}
+    return out
+
+def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
+    """{"rollout": PSNR by window of eight frames}, the mean of 16 long clips at most, in which every window
+    is dreamt from the frames of the one before; {} after a sentence where there are no such clips."""
+    rank, world = rank_and_world()
+    frames = PAST + FUTURE * windows
+    span = (frames - 1) * clips.frame_stride + 1
+    if clips.kind != "raw" or np.diff(clips.edges).max() < span:
+        say(f"no rollout of {windows} windows: it takes raw video, and recordings of {span} frames, which "
+            f"{clips.path} does not hold; a smaller --rollout takes shorter ones")
+        return {}
+    clips, found = open_clips(clips.path, "val", frames, None, clips.size, clips.frame_stride), {}
+    chosen = spread(len(clips), min(len(clips), 16))
+    for j in tqdm(range(rank, len(chosen), world), desc="rollouts", unit="clip", disable=rank > 0):
+        clip = clips[chosen[j]]
+        shown, _ = dream_clip(model, tokenizer, clip, {"prediction": clip["actions"]}, seed, **settings)
+        found[j] = compare(shown, ROWS, psnr=psnr)
+    curves = {}
+    for key, scores in gather(found).items():
+        curves[key] = scores.reshape(-1, windows, FUTURE).mean((0, 2)).tolist()
+    return {"rollout": {**curves, "clips": len(chosen)}}
 
 def sizes():
     """Parameters of the eight models at the paper preset, in billions, counted from the real modules on the
     meta device (shapes without memory). Flow includes its tokenizer, as Table 2 does."""
-    count = lambda module: sum(p.numel() for p in module.parameters()) / 1e9
+    counted = {}
     with torch.device("meta"):
-        extra = {"masked": 0, "flow": count(tokenizers.Tokenizer(tokenizers.PRESETS["cv8x16x16"]))}
-        return {name: {variant: count(Model(Config(**{**presets["paper"], "variant": variant}))) + extra[name]
-                       for variant in PAPER_SIZES[name]} for name, m in MODELS.items() for Model, Config, presets in [(m.Model, m.Config, m.PRESETS)]}
+        tokenizer = Tokenizer(PRESETS["cv8x16x16"])
+        for name, module in MODELS.items():
+            extra = count_parameters(tokenizer) if name == "flow" else 0
+            counted[name] = {}
+            for variant in VARIANTS:
+                model = module.Model(module.Config(**{**module.PRESETS["paper"], "variant": variant}))
+                counted[name][variant] = (count_parameters(model) + extra) / 1e9
+    return counted
 
+# ---- tables and the command line -----------------------------------------------------------------
 
-# -----------------------------------------------------------------------------------------------------------
-# Tables and the command line
+LINES = [  # label, key of the number (and KEY_ci, of its interval), what follows them
+    ("PSNR", "psnr", ""),
+    ("gain over copying the last frame", "gain_psnr", ""),
+    ("delta_psnr: gain by true actions", "delta_psnr", ""),
+    ("{fd}", "fid", "N = {fid_frames}"),
+    ("  copying the last frame", "fid_copy_last", "N = {fid_frames}"),
+    ("  real against real, disjoint", "fid_floor", "N = {fid_floor_frames}"),
+    ("{kd}", "kid", "N = {kid_frames}"),
+    ("cross-entropy, future hidden", "cross_entropy", "nats; ln(vocabulary) {ln_vocab:.2f}"),
+    ("token accuracy", "token_accuracy", "copying the last latent: {copy_last_token_accuracy:.4f}"),
+    ("velocity error, t = 0.05 .. 0.95", "velocity_error", ""),
+    ("samples/s", "samples_per_s", "sampling and decoding {batch} at once on {device}, {peak_gb:.2f} GB"),
+]
 
+def text(value):
+    """A number or a list of numbers, to four digits; a dash for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return "[" + ", ".join(text(v) for v in value) + "]"
+    return f"{value:#.4g}"
+
+def print_row(label, *cells):
+    print(f"{label:34}" + "".join(f" {text(cell):>7}" for cell in cells))
 
 def print_scores(s):
-    """The table, every row in it; a dash where there are no raw frames."""
-    number = lambda v, width, digits: "-".rjust(width) if v is None else f"{v:{width}.{digits}f}"
-    ci = lambda key, form: f"[{s[key + '_ci'][0]:{form}}, {s[key + '_ci'][1]:{form}}]"
-    line = lambda label, value, note, form=".2f": print(f"{label:34}{value:7{form}}   {note}")
-    horizon = range(len(s["psnr_per_frame"]))
-    print(f"\n{s['clips']} clips, {s['frames']} frames; PSNR in dB, by frame to the right")
-    print(f"{'':37}PSNR    SSIM    " + "".join(f"{f'+{k + 1}':>7}" for k in horizon))
+    """All numbers; a dash where there are no raw frames, or too few clips for an interval."""
+    print(f"\n{s['clips']} clips of {s['recordings']} recordings (list {s['clip_list'][:8]}), {s['frames']} "
+          "frames; PSNR in dB, by frame to the right")
+    print(f"{'':38}PSNR    SSIM      +1      +2  ..")
     for row, (label, *_) in ROWS.items():
-        mean, curve = (f"_{row}{end}".rstrip("_") for end in ("", "_per_frame"))
-        curve = s["psnr" + curve.replace("__", "_")] or [None for _ in horizon]
-        print(f"{label:34}{number(s['psnr' + mean], 7, 2)}{number(s['ssim' + mean], 8, 4)}    "
-              + "".join(number(v, 7, 2) for v in curve))
+        curve = s[f"psnr{row}_per_frame"] or []
+        print_row(label, s[f"psnr{row}"], s[f"ssim{row}"], *curve)
     if s["psnr_ceiling"] is None:
         print("(the data folder holds latents only: no rows against raw frames; --data takes a raw folder)")
-    print("\n95 % intervals over clips in brackets")
-    line("PSNR", s["psnr"], ci("psnr", ".2f"))
-    line("gain over copying the last frame", s["gain_psnr"], ci("gain_psnr", ".2f"))
-    line("delta_psnr: gain by true actions", s["delta_psnr"], ci("delta_psnr", ".2f"))
-    if "fid" in s:
-        net = s["fid_features"]
-        fd, kd = ("FID", "KID") if net == "inception" else (f"fd_{net}", f"kd_{net}")
-        line(fd, s["fid"], f"{ci('fid', '.4g')} N = {s['fid_frames']}", ".4g")
-        line("  copying the last frame", s["fid_copy_last"], f"N = {s['fid_frames']}", ".4g")
-        line("  real against real, disjoint", s["fid_floor"], f"N = {s['fid_floor_frames']}", ".4g")
-        line(kd, s["kid"], f"{ci('kid', '.2g')} N = {s['kid_frames']}", ".2g")
-    if "cross_entropy" in s:
-        line("cross-entropy, future hidden", s["cross_entropy"], f"nats; ln(vocabulary) {s['ln_vocab']:.2f}")
-        line("token accuracy, %", 100 * s["token_accuracy"],
-             f"copying the last latent: {100 * s['copy_last_token_accuracy']:.2f}")
-    else:
-        print(f"{'velocity error, t = 0.05 .. 0.95':36}" + "  ".join(f"{v:.3f}" for v in s["velocity_error"]))
-    line("samples/s", s["samples_per_s"], f"sampling and decoding on {s['device']}, {s['peak_gb']:.2f} GB")
-    line("million parameters", s["params"] / 1e6, f"and the tokenizer's {s['tokenizer_params'] / 1e6:.2f}")
 
+    print(f"\n95 % intervals over {'recordings' if s['recordings'] > 1 else 'clips'} in brackets")
+    net = s["fid_features"]
+    fd, kd = ("FID", "KID") if net == "inception" else (f"fd_{net}", f"kd_{net}")
+    for label, key, note in LINES:
+        if key in s:
+            ci = text(s[f"{key}_ci"]) + " " if f"{key}_ci" in s else ""
+            print(f"{label.format(fd=fd, kd=kd):34} {text(s[key]):>7}   {ci}{note.format(**s)}")
+    for group, delta in s["delta_psnr_groups"].items():
+        print_row(f"delta_psnr of {group} alone", *delta.values())
+    print(f"{'parameters':34} {s['params']:,}, and the tokenizer's {s['tokenizer_params']:,}")
+    if "rollout" in s:
+        print(f"\nrollouts of {s['rollout']['clips']} clips: PSNR by window of eight frames")
+        for row in ("", "_copy_last", "_ceiling"):
+            print_row(ROWS[row][0], *s["rollout"][f"psnr{row}"])
 
 def print_sizes(counted):
     print(f"{'billion parameters':20}" + "".join(f"{v:>18}" for v in VARIANTS) + "     (the paper's)")
     for name, row in counted.items():
-        print(f"{name + (' + tokenizer' if name == 'flow' else ''):20}"
-              + "".join(f"{f'{row[v]:.4f} ({PAPER_SIZES[name][v]:g})':>18}" for v in VARIANTS))
-
+        cells = [f"{row[v]:.4f} ({PAPER_SIZES[name][v]:g})" for v in VARIANTS]
+        label = "flow + tokenizer" if name == "flow" else name
+        print(f"{label:20}" + "".join(f"{cell:>18}" for cell in cells))
 
 def run(args):
-    """What the command line asks for -> the dict of --json, None on ranks other than 0."""
+    """What the command line asks for -> the dict of --json; a part of it on ranks other than 0."""
     check_sampling_flags(args)
+    if args.windows < 0:
+        raise DataError(f"--rollout {args.windows} makes no sense: give at least 0")
     rank, world = rank_and_world()
     say = print if rank == 0 else lambda *_: None
     if args.device == "cuda":
@@ -528,26 +578,40 @@ def run(args):
         torch.cuda.set_device(args.device)
     if world > 1:
         dist.init_process_group("gloo")
+
+    # 1. The model and its tokenizer.
     model, saved = load_model(args.ckpt, args.device, args.weights)
     if args.compile:
         compile_blocks(model)
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
-    if rank > 0:  # rank 0 goes first: it draws the built-in robot and fetches Inception if they are missing
+
+    # 2. Clips and Inception. Rank 0 goes first: it draws the built-in robot and fetches Inception if need be.
+    if rank > 0:
         barrier()
-    clips = validation_clips(saved, args.data)
-    net, features = (None, None) if args.no_fid else load_inception(args.inception, say)
+    clips, net, features = validation_clips(saved, args.data), None, None
+    if args.num < 4 and not args.no_fid:
+        say(f"FID and KID are left out: they take at least four clips, and --num is {args.num}")
+    elif not args.no_fid:
+        net, features = load_inception(args.inception, say)
+        net.to(args.device)
     if rank == 0:
         barrier()
     check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
+
+    # 3. The scores.
     settings, config = settings_of(saved, args), saved["config"]
     say(f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}: {args.num} clips of "
         f"{clips.path}, {json.dumps(settings)}, seed {args.seed}")
-    scores = evaluate(model, tokenizer, clips, args.num, args.seed, net, **settings)
-    about = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
-             "device": args.device, "fid_features": features}
-    return {**about, **scores} if scores else None
+    out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
+           "device": args.device, "fid_features": features}
+    out |= evaluate(model, tokenizer, clips, args.num, args.seed, net, **settings)
+    if args.windows:
+        out |= rollout(model, tokenizer, clips, args.windows, args.seed, say, **settings)
+    if world > 1:
+        dist.destroy_process_group()
+    return out
 
-
+@command
 def main(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--sizes", action="store_true", help="only count the parameters of the eight models")
@@ -557,26 +621,20 @@ def main(argv=None):
     if not first.parse_known_args(argv)[0].sizes:
         add_sampling_flags(p)
         p.add_argument("--num", type=int, default=64, help="validation clips (default 64)")
+        p.add_argument("--rollout", dest="windows", type=int, default=8, metavar="N",
+                       help="windows of eight frames dreamt one after the other (default 8; 0: no rollout)")
         p.add_argument("--inception", default="", metavar="FILE", help="Inception-v3 weights for FID, or: "
                        "random; default: torch hub's cache, else a download")
         p.add_argument("--no_fid", action="store_true", help="leave FID and KID out")
     args = p.parse_args(argv)
-    rank = rank_and_world()[0]
-    try:
-        if os.path.isdir(args.json):
-            raise DataError(f"--json {args.json} is a folder: give a file")
-        out = sizes() if args.sizes else run(args)
-        if rank == 0:
-            (print_sizes if args.sizes else print_scores)(out)
-            if args.json:
-                replace(args.json, lambda file: Path(file).write_text(json.dumps(out, indent=1)))
-                print(f"wrote {args.json}")
-    except (DataError, TokenizerError, CheckpointError, OSError) as e:
-        sys.exit(f"evaluate.py: {e}" if rank == 0 else 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
+    if os.path.isdir(args.json):  # said before the work, not after it
+        raise DataError(f"--json {args.json} is a folder: give a file")
+    out = sizes() if args.sizes else run(args)
+    if rank_and_world()[0] == 0:
+        (print_sizes if args.sizes else print_scores)(out)
+        if args.json:
+            write_whole(args.json, lambda file: Path(file).write_text(json.dumps(out, indent=1)))
+            print(f"wrote {args.json}")
 
 if __name__ == "__main__":
     main()

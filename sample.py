@@ -1,513 +1,558 @@
-"""A checkpoint dreams: GIF and PNG strips with the rows context | truth | prediction | the same with other actions.
+"""A trained model dreams: nine past frames and the actions of your choice become eight frames never filmed.
 
-    python sample.py --ckpt out/flow_full/ckpt.pt                          # four validation clips
-    python sample.py --ckpt out/flow_full/ckpt.pt --actions turn_left      # what if it turned left?
-    python sample.py --ckpt out/flow_full/ckpt.pt --rollout 6              # go on: window after window, on its own frames
-    python sample.py --ckpt out/flow_full/ckpt.pt --trace --steps 8        # how a frame comes about, step by step
+    python sample.py --ckpt weights/flow_full_tiny.pt                      # four clips, as GIF and PNG
+    python sample.py --ckpt weights/flow_full_tiny.pt --actions turn_left  # what if the robot turned left?
+    python sample.py --ckpt weights/flow_full_tiny.pt --rollout 6          # dream on from the dream itself
+    python sample.py --ckpt weights/flow_full_tiny.pt --trace --steps 8    # how a frame comes about
 
-`dream` is the whole of it: past frames -> latents -> the model's sampler, with the actions of your choice -> frames.
-Also here: reading checkpoints (`load_model`), which train.py and evaluate.py share.
+The pictures show context | truth | prediction | the same context with other actions. The heart of the file is
+`continue_video` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
+sampler and the tokenizer's decoder and become frames (B, 8, H, W, 3), uint8. Before it stand the checkpoints,
+which train.py saves and resumes by the functions here, and the actions; after it stand the pictures.
 """
 import argparse
-import contextlib
+import functools
 import json
+import math
 import os
-import pickle
-import sys
-import time
+import re
 import zipfile
 from dataclasses import asdict
+from glob import escape, glob
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from PIL import Image, ImageDraw
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import flow_hwm
 import masked_hwm
-from data import PAST, DataError, fingerprint, open_clips, synth, to_uint8, to_video
 from blocks import compile_blocks
-from tokenizer import TokenizerError, load_tokenizer, rank_and_world
+from data import HERE, JOINTS, PAST, ROBOT, open_clips, synth
+from tokenizer import (DataError, command, fingerprint, load_tokenizer, rank_and_world, to_uint8, to_video,
+                       write_whole)
 
 MODELS = {"masked": masked_hwm, "flow": flow_hwm}
-ACTIONS = ("true", "shuffled", "frozen", "drive", "turn_left", "turn_right", "look_up", "reach")
-HERE = os.path.dirname(os.path.abspath(__file__))
 
+# ---- checkpoints: saving and loading -------------------------------------------------------------
 
-CheckpointError = DataError
+PARTS = {"ema": dict, "config": dict, "model_config": dict, "tokenizer": dict, "data": dict, "step": int}
+MAY_CHANGE = {  # options that may differ when a run is resumed, because its losses do not depend on them ...
+    "resume", "stop_after", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard",
+    "dtype", "encode", "accum", "preset", "checkpoint_activations", "tokenizer",
+    "data", "steps", "options"}  # ... or because train.py compares what they stand for
 
+def whole(state):
+    """{name: tensor} as it is saved: on the CPU, and gathered where --shard has divided it."""
+    gathered = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
+    return {name: t.detach().cpu() for name, t in gathered.items()}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+def save_checkpoint(file, model, optimizer, ema, step, config, about):
+    """Write all that resuming, sampling and scoring need to one file; the one before is kept as _previous.pt.
+    ema: {name: averaged weight}. config: the run's dataclass. about: {"model_config", "tokenizer", "data"};
+    "data" holds "names" and "hz" of the states. Every process must call this; rank 0 writes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # it takes a second
+    # A GPU's memory is spared by moving to the CPU. On a CPU that would only make a second copy.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=torch.cuda.is_available())
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    saved = {"model": weights, "ema": whole(ema), "optimizer": moments, "step": step,
+             "rng": torch.get_rng_state(), "config": asdict(config), **about}
 
+    def write(temporary):
+        torch.save(saved, temporary)
+        if os.path.exists(file):  # it may give way only now that its successor is complete
+            os.replace(file, file.replace(".pt", "_previous.pt"))
+
+    if rank_and_world()[0] == 0:
+        write_whole(file, write)
 
 def read_checkpoint(file):
-    """What train.py saved, as plain tensors and containers (never code); every byte is checked against its CRC."""
-    if not os.path.isfile(file):
-        raise CheckpointError(f"there is no checkpoint {file}: train one with train.py, or give one of weights/")
+    """What `save_checkpoint` or `export` wrote, on the CPU. DataError where the file is anything else.
+    Only tensors and plain values are read, so that a file cannot run code. Every byte is compared with its
+    CRC, because torch.load would take a flipped bit for another weight."""
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f"{file} is damaged at {damaged}: use an older checkpoint")
         saved = torch.load(file, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        if isinstance(e, CheckpointError):
-            raise
-        why = "it asks for more than tensors and plain values, do not trust it" if isinstance(e, pickle.UnpicklingError) else (
-            f"truncated, damaged, or not a checkpoint: {type(e).__name__}")
-        raise CheckpointError(f"{file} cannot be used ({why}): give a ckpt.pt made by train.py") from None
-    parts = ("ema", "config", "model_config", "tokenizer", "data")
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), dict) for k in parts):
-        raise CheckpointError(f"{file} is not a checkpoint of a world model (is it a tokenizer?): give a ckpt.pt made by "
-                              "train.py")
-    return saved
-
-
-def load_model(file, device="cpu", weights="ema"):
-    """-> the model, ready to sample, and all else that the checkpoint says. weights: the average ("ema"), or "last"."""
-    saved = read_checkpoint(file)
-    name = saved["config"].get("model")
-    if name not in MODELS:
-        raise CheckpointError(f"{file} is of a model {name!r}, which is none of {', '.join(MODELS)}")
-    Model, Config = MODELS[name].Model, MODELS[name].Config
-    part = {"ema": "ema", "last": "model"}[weights]
-    if part not in saved:
-        raise CheckpointError(f"{file} holds averaged weights only (it was made by --export): leave out --weights {weights}")
-    try:
-        model = Model(Config(**saved["model_config"]))
-        model.load_state_dict({k: v.float() for k, v in saved[part].items()})
-    except (TypeError, RuntimeError) as e:
-        raise CheckpointError(f"{file} does not fit its own configuration ({str(e).splitlines()[0]}): it was made by other "
-                              "code") from None
-    return model.to(device).eval().requires_grad_(False), saved
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def save_checkpoint(file, model, optimizer, ema, step, config, about):
-    """One file with all that resuming, sampling and scoring need; written beside and renamed, the previous one kept as
-    ckpt_previous.pt. Every process takes part (with --shard each holds a piece), rank 0 writes."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=torch.cuda.is_available())  # on a CPU it would copy
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    averaged = whole(ema)
-    if rank_and_world()[0] == 0:
-        saved = {"model": weights, "ema": averaged, "optimizer": moments, "step": step, "rng": torch.get_rng_state(),
-                 "config": asdict(config), **about}
-        try:
-            torch.save(saved, file + ".tmp")
-        except (OSError, RuntimeError) as e:  # a full disk, most of the time
-            with contextlib.suppress(OSError):
-                os.remove(file + ".tmp")
-            raise CheckpointError(f"{file} could not be written at step {step} ({str(e).splitlines()[0]}): what was there is whole; "
-                                  "free some space and go on with --resume") from None
-        if os.path.exists(file):
-            os.replace(file, file.replace(".pt", "_previous.pt"))
-        os.replace(file + ".tmp", file)
-    barrier()
-
-
-def whole(state):
-    """Tensors as rank 0 saves them: whole and on the CPU (not copied where they are both already)."""
-    return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().cpu() for k, v in state.items()}
-
+    except Exception as e:  # a damaged or hostile file can raise nearly anything
+        raise DataError(f"{file} is no readable checkpoint ({type(e).__name__}): give another") from None
+    if damaged:
+        raise DataError(f"{file} is damaged at {damaged}: use an older checkpoint")
+    content = saved if isinstance(saved, dict) else {}
+    for part, kind in PARTS.items():
+        if not isinstance(content.get(part), kind):
+            raise DataError(f"{file} has no {part}, so it is no world model: give a ckpt.pt by train.py")
+    # In older files standardise_actions.mean is called action_mean, and so on.
+    old, new = "^(action|latent)_(mean|std)$", r"standardise_\1s.\2"
+    for part in {"model", "ema"} & content.keys():
+        content[part] = {re.sub(old, new, name): tensor for name, tensor in content[part].items()}
+    return content
 
 def last_checkpoint(file):
-    """The checkpoint to resume from: ckpt.pt, or the one before it where that is damaged."""
+    """The checkpoint to resume from: `file`, or the previous one where `file` is missing or damaged."""
     previous = file.replace(".pt", "_previous.pt")
     try:
         return read_checkpoint(file)
-    except CheckpointError as e:
+    except DataError as e:
         if not os.path.exists(previous):
             raise
-        print(f"{e}; going on from {previous}")
         saved = read_checkpoint(previous)
-        barrier()
         if rank_and_world()[0] == 0:
-            os.replace(previous, file)  # else the next save would put the damaged file in the place of the good one
-        barrier()
+            print(f"{e}; going on from {previous}")
+            if os.path.exists(file):  # else the next save would put it in the place of the good one
+                os.replace(file, file + ".damaged")
         return saved
 
-
 def restore(saved, model, optimizer, ema, config, about):
-    """Puts the state of a checkpoint back; a run that differs in anything that changes its course is refused. What is
-    random in training is a function of seed and position; the generator is put back for what else may use it."""
-    free = {"resume", "stop_after", "keep", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard", "dtype",
-            "encode", "accum", "preset", "checkpoint_activations", "tokenizer", "data", "steps", "options"}
-    old, new = {**saved["config"], **saved["model_config"]}, {**asdict(config), **about["model_config"]}
-    differ = [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
-    if differ:
-        raise CheckpointError(f"the checkpoint in {config.out} is of another run: {'; '.join(differ)}; give the same flags, "
-                              "or another --out")
+    """Put a checkpoint's state back into model, optimizer and ema, in place -> the step to go on from.
+    Every process must call this. DataError where an option differs that would change the run's losses."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_state_dict
+    # 1. It must be the same run. An option that the checkpoint does not know is younger and is not compared.
+    if "optimizer" not in saved:
+        raise DataError(f"the checkpoint in {config.out} was made by --export: it cannot be resumed")
+    was, now = saved["config"] | saved["model_config"], asdict(config) | about["model_config"]
+    for name, value in now.items():
+        if name not in MAY_CHANGE and was.get(name, value) != value:
+            raise DataError(f"the checkpoint in {config.out} is of another run: {name} was {was[name]!r}, is "
+                            f"{value!r}; give the same flags, or another --out")
+    # 2. The averaged weights. They are loaded into the model, which knows what part of each this process
+    # holds (--shard), and copied from there.
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+    set_model_state_dict(model, saved["ema"], options=options)
+    for name, tensor in model.state_dict().items():
+        ema[name].copy_(tensor)
+    # 3. The weights themselves, and the moments of AdamW.
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                   options=options)
+    # 4. The losses draw their noise by position (train.Stream), so this generator serves only other code.
     torch.set_rng_state(saved["rng"])
-    for k, v in ema.items():
-        if hasattr(v, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-            v.copy_(distribute_tensor(saved["ema"][k].to(v.device), v.device_mesh, v.placements))
-        else:
-            v.copy_(saved["ema"][k])
     return saved["step"]
 
+def load_model(file, device="cpu", weights="ema"):
+    """-> the model, ready to sample, and all else that the checkpoint says.
+    weights: "ema", averaged over the training, or "last", those of the last step."""
+    saved = read_checkpoint(file)
+    state = saved["ema"] if weights == "ema" else saved.get("model")
+    if state is None:
+        raise DataError(f"{file} holds averaged weights alone (--export): leave out --weights {weights}")
+    try:
+        module = MODELS[saved["config"]["model"]]
+        sizes = {**saved["model_config"], "checkpoint_activations": ""}  # that is a matter of training
+        model = module.Model(module.Config(**sizes))
+        model.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise DataError(f"{file} was made by other code ({e!r:.99}): give one of this train.py") from None
+    return model.to(device).eval().requires_grad_(False), saved
+
+def export(saved, file):
+    """Write what sampling and scoring need, with matrices in half precision: the form of weights/."""
+    small = {part: saved[part] for part in PARTS}
+    small["ema"] = {name: t.half() if t.ndim > 1 else t for name, t in saved["ema"].items()}
+    write_whole(file, lambda temporary: torch.save(small, temporary))
+
+# ---- what a checkpoint needs beside it: its tokenizer, and data that fits ------------------------
+
+def find(path):
+    """A path that a checkpoint names: as it is, or inside this repository, or "" where there is neither."""
+    for candidate in (path, f"{HERE}/{path}"):
+        if path and os.path.exists(candidate):
+            return candidate
+    return ""
 
 def load_tokenizer_for(about, device="cpu", path="", required=True):
-    """The tokenizer that a checkpoint's latents came from: at `path`, or where the checkpoint says, or beside this file."""
-    named = about.get("path", "")
-    for place in [path] if path else [named, os.path.join(HERE, named)] if named else []:
-        if os.path.exists(place):
-            if about.get("sha256") and fingerprint(place) != about["sha256"]:
-                raise TokenizerError(f"{place} is not the tokenizer that the checkpoint's data was encoded with (its SHA-256 "
-                                     "differs): give that one with --tokenizer")
-            return load_tokenizer(place, device)
-    if required:
-        raise TokenizerError(f"the checkpoint's tokenizer {path or about.get('path') or '(none named)'} is not there: give its "
-                             "place with --tokenizer")
-    return None
+    """The tokenizer that made a checkpoint's latents: at `path`, or where the checkpoint says (`about`).
+    It is refused if its SHA-256 differs. Where there is none: DataError, or None if it is not `required`."""
+    path = path or about.get("path", "")
+    found = find(path)
+    if not found and required:
+        raise DataError(f"the checkpoint's tokenizer {path!r} is not there: say where with --tokenizer")
+    if found and about.get("sha256", "") not in ("", fingerprint(found)):
+        raise DataError(f"{found} is not the tokenizer that the checkpoint's data was encoded with (their "
+                        "SHA-256 differ): give that one with --tokenizer")
+    return load_tokenizer(found, device) if found else None
 
+def built_in_robot(settings):
+    """The folder of the built-in robot. If its validation split is missing, synth(**settings) draws it."""
+    metadata = f"{ROBOT}/val_v2.0/metadata.json"
+    if find(metadata):
+        return find(metadata).removesuffix("/val_v2.0/metadata.json")
+    folder = f"{HERE}/{ROBOT}"
+    if not os.access(HERE, os.W_OK):  # the repository belongs to somebody else
+        folder = os.path.expanduser("~/.cache/humanoid_world_models/robot")
+        print(f"{HERE} may not be written: the built-in robot is drawn in {folder}")
+    return synth(folder, splits=("val",), **settings)
 
-def validation_clips(saved, path="", frames=17):
-    """The validation clips of --data, or of the checkpoint's own data: raw video if it is there, else its latents. The
-    built-in robot is drawn again where it is missing."""
-    data = saved["data"]
-    for place in [path] if path else [data.get("source", ""), data["path"]]:
-        if path or (place and os.path.exists(place)):
-            clips = open_clips(place, "val")
-            if clips.kind == "raw":  # as it was encoded, or as the model's latents say (1X's own are Cosmos' 8 x 8 x 8)
-                size = data.get("size") or saved["model_config"]["W"] * saved["tokenizer"].get("spatial", 8)
-                clips = open_clips(place, "val", size=size, frame_stride=data.get("frame_stride", 1))
-            return clips
-    if data.get("built_in"):
-        return open_clips(synth(os.path.join(HERE, "data", "robot"), splits=("val",), **data["built_in"]), "val")
-    raise DataError(f"the data of the checkpoint, {data['path']}, is not there: give a folder with --data")
+def validation_clips(saved, path=""):
+    """The validation clips of the folder `path`, or else of the checkpoint's own data: raw video if it is
+    there, else latents. DataError where the states are not those that the model was trained on."""
+    about = saved["data"]
+    if not path and "built_in" in about:
+        path = built_in_robot(about["built_in"])
+    path = path or find(about.get("source", "")) or find(about.get("path", ""))
+    if not path:
+        raise DataError(f"the checkpoint's data {about.get('path')!r} is not there: say where with --data")
+    clips = open_clips(path, "val")
+    if clips.kind == "raw":
+        # As it was encoded. 1X's tokens do not say from which size: then the size of the latents tells.
+        size = about.get("size") or saved["model_config"]["W"] * saved["tokenizer"].get("spatial", 8)
+        clips = open_clips(path, "val", size=size, frame_stride=about.get("frame_stride", 1))
+    check_states(about, clips)
+    return clips
 
+def check_states(about, clips):
+    """DataError where names, order or rate of the states are not those of the checkpoint's data (`about`)."""
+    if "built_in" in about:
+        about = {"names": JOINTS, "hz": 10, **about}  # older checkpoints do not say
+    pairs = zip(range(clips.action_dim), clips.names, about.get("names", clips.names))
+    differ = [f"column {j} is {name}, not {known}" for j, name, known in pairs if name != known]
+    if differ:
+        raise DataError(f"{clips.path} has other states than the model was trained on, or in another order "
+                        f"({'; '.join(differ)}): bring columns, and names in metadata.json, to the model's")
+    hz = about.get("hz", clips.hz)
+    if not math.isclose(hz, clips.hz, rel_tol=0.01):  # 29.97 passes for 30
+        stride = clips.frame_stride * clips.hz / hz
+        way_out = "give data of that rate"
+        if math.isclose(stride, round(stride), rel_tol=0.01):
+            way_out = f"encode its raw video with data.py encode --frame_stride {stride:.0f}"
+        raise DataError(f"{clips.path} has {clips.hz:g} states a second, the model was trained on {hz:g}: "
+                        f"{way_out}")
 
 def check_fit(model, tokenizer, clips, sha256=""):
-    """One sentence, before the work, where model, tokenizer (`sha256`: of its file) and data do not belong together."""
+    """DataError, before the work, where model, tokenizer (`sha256`: its file's) and clips do not fit."""
     c, kind = model.config, "discrete" if hasattr(model.config, "vocab_size") else "continuous"
-    size = clips.shape[1] // tokenizer.spatial if clips.kind == "raw" else clips.shape[-1]
-    if tokenizer.kind != kind:
-        raise TokenizerError(f"the model dreams {kind} latents, but the tokenizer is {tokenizer.kind}: give "
-                             "the model's own with --tokenizer")
-    if clips.kind not in ("raw", kind) or clips.meta.get("tokenizer", {}).get("sha256", sha256) != sha256:
-        raise DataError(f"{clips.path} holds {clips.kind} latents, but the model needs {kind} ones of its "
-                        "own tokenizer, or raw video: give other --data")
-    if size != c.W or clips.action_dim != c.action_dim:
-        raise DataError(f"{clips.path} gives latents of {size} x {size} and {clips.action_dim} actions, the "
-                        f"model was trained on {c.H} x {c.W} and {c.action_dim}: give such --data")
+    raw = clips.kind == "raw"
+    size = clips.shape[1] // tokenizer.spatial if raw else clips.shape[-1]  # height and width of the latents
+    encoded_with = clips.meta.get("tokenizer", {}).get("sha256", sha256)
+    for what, given, needed, flag in (
+            ("the tokenizer is", tokenizer.kind, kind, "tokenizer"),
+            (f"{clips.path} holds", clips.kind, "raw" if raw else kind, "data"),
+            (f"{clips.path} was encoded by the tokenizer with SHA-256", encoded_with, sha256, "data"),
+            (f"{clips.path} gives latents of", f"{size} x {size}", f"{c.H} x {c.W}", "data"),
+            (f"{clips.path} gives actions of dimension", clips.action_dim, c.action_dim, "data")):
+        if given != needed:
+            raise DataError(f"{what} {given}, the model was trained on {needed}: give a fitting --{flag}")
 
+# ---- actions: what if? ---------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dreaming
-
+MOTIONS = {  # joint: its goal, in standard deviations of the training data from its mean
+    "drive": {"LINEAR_VELOCITY": 2},
+    "turn_left": {"ANGULAR_VELOCITY": 2},
+    "turn_right": {"ANGULAR_VELOCITY": -2},
+    "look_up": {"NECK_PITCH": -2},
+    "reach": {"LEFT_SHOULDER_PITCH": 2, "LEFT_ELBOW_PITCH": -1,
+              "RIGHT_SHOULDER_PITCH": 2, "RIGHT_ELBOW_PITCH": -1}}
+ACTIONS = ("true", "shuffled", "frozen", *MOTIONS)
 
 def change_actions(name, actions, model, clips, n_past=PAST, another=None):
-    """actions (F, A) with those after the past replaced. `another` (F, A) are another clip's, for "shuffled". The motions
-    go two standard deviations of the training data away from its mean, over half a window."""
-    a = actions.clone()
-    index = {joint: i for i, joint in enumerate(clips.names)}
-    mean, std = model.action_mean.cpu(), model.action_std.cpu()
-    if name == "true":
-        return a
+    """Actions (F, A) with those after the past replaced; `name` is one of ACTIONS.
+    shuffled: by those of `another` clip (F, A). frozen: every joint keeps its last past position and every
+    velocity is 0. MOTIONS: as frozen, but the named joints move to their goals within four frames."""
+    changed = actions.clone()
+    future = changed[n_past:]  # a view: what is written to it is written to `changed`
     if name == "shuffled":
-        a[n_past:] = another[n_past : len(a)]
-        return a
-    a[n_past:] = a[n_past - 1]  # frozen: every joint stays where it is
-    for joint, i in index.items():
-        if joint.endswith("VELOCITY"):
-            a[n_past:, i] = 0
-    targets = {"frozen": {}, "drive": {"LINEAR_VELOCITY": 2}, "turn_left": {"ANGULAR_VELOCITY": 2},
-               "turn_right": {"ANGULAR_VELOCITY": -2}, "look_up": {"NECK_PITCH": -2},
-               "reach": {side + joint: s for side in ("LEFT_", "RIGHT_")
-                         for joint, s in (("SHOULDER_PITCH", 2), ("ELBOW_PITCH", -1))}}[name]
-    if targets.keys() - index.keys():
-        raise DataError(f"--actions {name} moves {', '.join(sorted(targets))}, but the joints of {clips.path} are "
-                        f"{', '.join(clips.names)}: use true, shuffled or frozen, or name the joints in metadata.json")
-    ramp = (torch.arange(1, len(a) - n_past + 1) / 4).clamp(max=1)
-    for joint, s in targets.items():
-        i = index[joint]
-        a[n_past:, i] += ramp * (mean[i] + s * std[i] - a[n_past:, i])
-    return a
+        future.copy_(another[n_past : len(actions)])
+    if name in ("true", "shuffled"):
+        return changed
+    future.copy_(actions[n_past - 1])
+    future[:, velocities(clips)] = 0
+    motion = MOTIONS.get(name, {})
+    if not motion.keys() <= set(clips.names):
+        raise DataError(f"--actions {name} moves {', '.join(motion)}, but the states of {clips.path} are "
+                        f"{', '.join(clips.names)}: give true, shuffled or frozen")
+    ramp = torch.linspace(0.25, len(future) / 4, len(future)).clamp(max=1)
+    for joint, deviations in motion.items():
+        j, statistics = clips.names.index(joint), model.standardise_actions
+        goal = statistics.mean[j] + deviations * statistics.std[j]
+        future[:, j] += ramp * (goal.cpu() - future[:, j])
+    return changed
 
+@functools.cache
+def velocities(clips):
+    """The columns of the states that are velocities: "velocities" of metadata.json, or those named so."""
+    columns, numbers = clips.meta.get("velocities"), range(len(clips.names))
+    if columns is None:
+        # "vel" after a vowel is the end of another word: level, swivel, travel.
+        columns = [j for j in numbers if re.search("velocity|(?<![aeiou])vel", clips.names[j].lower())]
+        if not columns and "STATE_0" in clips.names and rank_and_world()[0] == 0:
+            print(f'{clips.path} does not name its states, so "frozen" cannot know which are velocities and '
+                  'must become 0: add "velocities": [columns] to metadata.json')
+    if not isinstance(columns, list) or not all(j in numbers for j in columns):
+        raise DataError(f"{clips.path}/metadata.json says velocities = {columns!r:.99}: give a list of "
+                        f"columns, 0..{numbers[-1]}")
+    return columns
+
+# ---- dreaming ------------------------------------------------------------------------------------
 
 def spread(clips, num):
     """Indices of `num` clips, from the first to the last."""
     if num > len(clips):
-        raise DataError(f"--num {num} is more than the {len(clips)} validation clips of {clips.path}: give a smaller --num")
+        raise DataError(f"--num {num} is more than the {len(clips)} clips of {clips.path}: ask for fewer")
     return np.linspace(0, len(clips) - 1, num).round().astype(int).tolist()
 
-
 def to_latents(video, tokenizer):
-    """A clip as the reader gives it -> latents or ids with a batch axis: raw (F, H, W, 3) uint8 is encoded."""
-    if video.dtype == torch.uint8:
-        return tokenizer.encode(to_video(video[None]).to(next(tokenizer.parameters()).device))
-    return video[None].to(next(tokenizer.parameters()).device)
-
+    """A clip as the reader gives it -> its latents or ids with a batch axis. Raw frames are encoded."""
+    batch = video[None].to(next(tokenizer.parameters()).device)
+    return tokenizer.encode(to_video(batch)) if video.dtype == torch.uint8 else batch
 
 @torch.no_grad()
 def continue_video(model, tokenizer, past, actions, windows=1, generator=None, **settings):
-    """past latents (B, [C,] T_p, H, W) + actions (B, 9 + 8 windows, A) -> frames (B, 8 windows, H, W, 3) uint8.
-    Later windows start from the last nine frames of the dream itself, encoded again."""
-    layout, frames, device = model.layout, [], next(model.parameters()).device
-    n_p, n_f = layout.lengths[2:]
-    for w in range(windows):
-        a = actions[:, w * n_f : w * n_f + n_p + n_f].to(device)
-        future = model.sample(past, a, generator=generator, **settings)
+    """Past latents (B, [C,] T_p, H, W), actions (B, 9 + 8 windows, A) -> frames (B, 8 windows, H, W, 3).
+    Every window after the first starts from the last nine frames of the dream itself, encoded again."""
+    device = next(model.parameters()).device
+    n_p, n_f = model.layout.lengths[2:]  # frames of the past and of the future: 9 and 8
+    frames = []
+    for window in range(windows):
+        if window > 0:
+            past = tokenizer.encode(video[:, :, -n_p:].clamp(-1, 1))
+        first = window * n_f
+        course = actions[:, first : first + n_p + n_f].to(device)
+        future = model.sample(past, course, generator=generator, **settings)
+        # The decoder is causal: it draws the future from the past and the future.
         video = tokenizer.decode(torch.cat([past, future], dim=-3))
         frames.append(to_uint8(video[:, :, -n_f:].cpu()))
-        if w + 1 < windows:
-            past = tokenizer.encode(video[:, :, -n_p:].clamp(-1, 1))
     return torch.cat(frames, dim=1)
 
-
 def longer(model, clips, i, n):
-    """The actions of clip i and the n after them -> (F + n, A), and how many of them are not recorded: there the robot
-    holds still."""
-    known = torch.cat([clips[i]["actions"], clips.more_actions(i, n)]) if n else clips[i]["actions"]
-    missing = len(clips[i]["actions"]) + n - len(known)
-    return change_actions("frozen", torch.cat([known, known[-1:].expand(missing, -1)]), model, clips, len(known)), missing
-
+    """The actions of clip i and the n after them (F + n, A). After its recording the robot holds still."""
+    known = torch.cat([clips[i]["actions"], clips.more_actions(i, n)])
+    missing = clips.frames + n - len(known)
+    if missing == 0:
+        return known
+    print(f"clip {i}: its recording ends {missing} frames before the rollout; the robot then holds still")
+    still = known[-1:].expand(missing, -1)
+    return change_actions("frozen", torch.cat([known, still]), model, clips, n_past=len(known))
 
 def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1, **settings):
-    """For `num` clips spread over `clips`: a dict with context (n, 9, H, W, 3), truth, prediction and other
-    (n, 8 windows, H, W, 3), uint8. Same noise for prediction and other: only the actions differ."""
-    device = next(model.parameters()).device
+    """Dream on from `num` clips -> {"context" (num, 9, H, W, 3), "truth" (num, 8, H, W, 3), "prediction" and
+    "other" (num, 8 windows, H, W, 3)}, uint8. The last two share their noise: only their actions differ."""
     n_p, n_f = model.layout.lengths[2:]
-    chosen = spread(clips, num)
-    out = {"context": [], "truth": [], "prediction": [], "other": []}
-    for j, i in enumerate(chosen):
-        clip, further = clips[i], (windows - 1) * n_f
-        known, missing = longer(model, clips, i, further)
-        if missing:
-            print(f"clip {i}: its recording ends {missing} frames before the rollout does; the robot holds still from there")
-        another, _ = longer(model, clips, chosen[(j + 1) % num] if num > 1 else (i + len(clips) // 2) % len(clips), further)
-        different = change_actions(actions, known, model, clips, n_p, another)
-        z = to_latents(clip["video"], tokenizer)
-        past = z.narrow(z.ndim - 3, 0, model.layout.T_p).to(device)
-        for row, a in (("prediction", known), ("other", different)):
-            g = torch.Generator().manual_seed(seed + i)
-            out[row].append(continue_video(model, tokenizer, past, a[None], windows, g, **settings)[0])
-        raw = clip["video"] if clips.kind == "raw" else to_uint8(tokenizer.decode(z).cpu())[0]
-        out["context"].append(raw[:n_p])
-        out["truth"].append(raw[n_p:])
-    return {k: torch.stack(v).numpy() for k, v in out.items()}
-
+    rows = {"context": [], "truth": [], "prediction": [], "other": []}
+    for i in spread(clips, num):
+        # 1. Two courses of action: the recorded, and a changed one ("shuffled": that of a clip far away).
+        recorded = longer(model, clips, i, (windows - 1) * n_f)
+        another = longer(model, clips, (i + len(clips) // 2) % len(clips), (windows - 1) * n_f)
+        changed = change_actions(actions, recorded, model, clips, n_p, another)
+        # 2. What both start from, and what really happened.
+        video = clips[i]["video"]
+        latents = to_latents(video, tokenizer)
+        past = latents.narrow(-3, 0, model.layout.T_p)
+        frames = video if clips.kind == "raw" else to_uint8(tokenizer.decode(latents).cpu())[0]
+        rows["context"].append(frames[:n_p])
+        rows["truth"].append(frames[n_p:])
+        # 3. Two dreams. The noise of a clip is its own, whichever clips are dreamt beside it.
+        for row, course in (("prediction", recorded), ("other", changed)):
+            generator = torch.Generator().manual_seed(seed + i)
+            dreamt = continue_video(model, tokenizer, past, course[None], windows, generator, **settings)
+            rows[row].append(dreamt[0])
+    return {row: torch.stack(videos).numpy() for row, videos in rows.items()}
 
 @torch.no_grad()
 def trace(model, tokenizer, clips, num=4, seed=0, **settings):
-    """How the last predicted frame of `num` clips comes about: (n, steps, H, W, 3) uint8. Flow-HWM: the noise, then the
-    latents after every step. Masked-HWM: after every step of every latent frame, tokens still hidden in grey."""
-    strips, device = [], next(model.parameters()).device
+    """How the last predicted frame of `num` clips comes about -> (num, steps, H, W, 3) uint8. Flow-HWM: the
+    noise, then the latents after each step. Masked-HWM: the ids after each step, grey where still hidden."""
+    strips = []
     for i in spread(clips, num):
-        z, steps = to_latents(clips[i]["video"], tokenizer), []
-        past, g = z.narrow(z.ndim - 3, 0, model.layout.T_p).to(device), torch.Generator().manual_seed(seed + i)
-        model.sample(past, clips[i]["actions"][None].to(device), generator=g, trace=steps, **settings)
-        strip = []
+        past = to_latents(clips[i]["video"], tokenizer).narrow(-3, 0, model.layout.T_p)
+        actions = clips[i]["actions"].to(past.device)
+        generator = torch.Generator().manual_seed(seed + i)
+        steps, strip = [], []
+        model.sample(past, actions[None], generator=generator, trace=steps, **settings)
         for step in steps:
-            latents, hidden = step if isinstance(step, tuple) else (torch.cat([past, step], dim=-3), None)
-            frame = to_uint8(tokenizer.decode(latents).cpu())[0, -1]
-            if hidden is not None:
-                frame[hidden[0, -1].cpu().repeat_interleave(tokenizer.spatial, 0).repeat_interleave(tokenizer.spatial, 1)] = 128
+            if tokenizer.kind == "discrete":
+                latents, hidden = step
+                token = np.ones((tokenizer.spatial, tokenizer.spatial), bool)
+                grey = np.kron(hidden[0, -1].cpu(), token)  # (H, W) -> the pixels that hidden tokens cover
+            else:
+                latents, grey = torch.cat([past, step], dim=-3), []
+            frame = to_uint8(tokenizer.decode(latents).cpu())[0, -1].numpy()
+            frame[grey] = 128
             strip.append(frame)
-        strips.append(torch.stack(strip))
-    return torch.stack(strips).numpy()
+        strips.append(strip)
+    return np.array(strips)
 
+# ---- pictures ------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+LEAST, GAP, TOP, LEFT = 128, 4, 14, 90  # pixels: least width of a picture, gaps, labels above and beside
 
-
-LABELS = {"context": "context", "truth": "truth", "prediction": "prediction", "other": "other actions"}
-
+def sheet(pictures, above=(), beside=()):
+    """Pictures (rows, columns, H, W, 3) uint8 on white paper, with labels above columns or beside rows."""
+    zoom = max(1, LEAST // pictures.shape[3])
+    pictures = pictures.repeat(zoom, axis=2).repeat(zoom, axis=3)
+    pictures = np.pad(pictures, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    paper = rearrange(pictures, "rows columns h w rgb -> (rows h) (columns w) rgb")
+    margins = (TOP if above else 0, 0), (LEFT if beside else 0, 0), (0, 0)
+    paper = Image.fromarray(np.pad(paper, margins, constant_values=255))
+    draw = ImageDraw.Draw(paper)
+    height, width = pictures.shape[2:4]
+    for column, label in enumerate(above):
+        draw.text((column * width + 2, 1), label, fill="black")
+    for row, label in enumerate(beside):
+        draw.text((4, (row + 0.5) * height - 8), label, fill="black")
+    return paper
 
 def picture_rows(dreams, other="other actions"):
-    """The dict of `dream` with frames enlarged to at least 128 pixels, and the rows' labels."""
-    zoom = max(1, 128 // dreams["context"].shape[2])
-    rows = {k: v.repeat(zoom, axis=2).repeat(zoom, axis=3) for k, v in dreams.items()}
-    return rows, dict(LABELS, other=other)
-
-
-def replace(file, write):
-    """Writes beside and renames."""
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    write(file + ".tmp")
-    os.replace(file + ".tmp", file)
-
+    """The dict of `dream` with its last row called `other`: {label: frames (clips, n, H, W, 3)}."""
+    return dict(zip(("context", "truth", "prediction", other), dreams.values()))
 
 def save_gif(rows, file, hz=10):
-    """One line a clip: context | truth | prediction | other. All play the context first; the context then stands."""
-    frames, labels = rows
-    n, n_p, H, W, _ = frames["context"].shape
-    n_f, gap, top = frames["prediction"].shape[1], 4, 14
+    """Each clip is a line of pictures, each entry of `rows` a column. All play the context first; then the
+    context stands still, and so does the truth where a rollout is longer. The GIF plays in true time."""
+    context, *futures = rows.values()
+    films = [context, *(np.concatenate([context, future], axis=1) for future in futures)]
+    n = max(film.shape[1] for film in films)
+    # A GIF counts in hundredths of a second. Its delays are differences of rounded times, so that errors do
+    # not add up. Browsers slow down delays below two hundredths: above 50 Hz not every frame is shown.
+    shown = range(0, n, math.ceil(hz / 50))
+    starts = [round(100 * t / hz) for t in shown]
+    delays = 10 * np.diff(starts, append=starts[-1] + 100)
     pictures = []
-    for t in range(n_p + n_f):
-        canvas = Image.new("RGB", (4 * (W + gap) - gap, top + n * (H + gap) - gap), "white")
-        draw = ImageDraw.Draw(canvas)
-        for col, key in enumerate(frames):
-            draw.text((col * (W + gap) + 2, 1), labels[key], fill="black")
-            for j in range(n):
-                later = frames[key] if key != "context" else frames["context"][:, -1:]
-                picture = frames["context"][j, t] if t < n_p else later[j, min(t - n_p, later.shape[1] - 1)]
-                canvas.paste(Image.fromarray(picture), (col * (W + gap), top + j * (H + gap)))
-        pictures.append(canvas.quantize(255))
-    replace(file, lambda f: pictures[0].save(f, format="GIF", save_all=True, append_images=pictures[1:], loop=0,
-                                             duration=[round(1000 / hz)] * (len(pictures) - 1) + [1000]))
-
+    for t in shown:
+        columns = [film[:, min(t, film.shape[1] - 1)] for film in films]  # (clips, H, W, 3) each
+        pictures.append(sheet(np.stack(columns, axis=1), above=rows).quantize(255))
+    write_whole(file, lambda temporary: pictures[0].save(
+        temporary, format="GIF", save_all=True, append_images=pictures[1:], loop=0, duration=delays.tolist()))
 
 def save_png(rows, file):
-    """A strip for each clip: four rows of frames, time to the right; the last context frame stands above frame 0."""
-    frames, labels = rows
-    n, n_p, H, W, _ = frames["context"].shape
-    n_f, gap, left = frames["prediction"].shape[1], 2, 90
-    canvas = Image.new("RGB", (left + max(n_p, n_f) * (W + gap), n * (4 * (H + gap) + 10)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for j in range(n):
-        for r, key in enumerate(frames):
-            y = j * (4 * (H + gap) + 10) + r * (H + gap)
-            draw.text((4, y + H // 2 - 6), labels[key], fill="black")
-            for t, picture in enumerate(frames[key][j]):
-                canvas.paste(Image.fromarray(picture), (left + t * (W + gap), y))
-    replace(file, lambda f: canvas.save(f, format="PNG"))
-
+    """Each clip is four lines of pictures, time to the right: the three lower ones follow the context."""
+    n = max(row.shape[1] for row in rows.values())
+    lines = []
+    for row in rows.values():
+        white = ((0, 0), (0, n - row.shape[1]), (0, 0), (0, 0), (0, 0))
+        lines.append(np.pad(row, white, constant_values=255))
+    lines = rearrange(np.stack(lines), "rows clips n h w rgb -> (clips rows) n h w rgb")
+    paper = sheet(lines, beside=[*rows] * (len(lines) // len(rows)))
+    write_whole(file, lambda temporary: paper.save(temporary, format="PNG"))
 
 def save_trace(strips, file, flow):
-    """A line a clip, a picture a step of the sampler, from left to right; above it its time t, or its number."""
-    n, steps, H, W, _ = strips.shape
-    zoom, gap, top = max(1, 96 // H), 3, 14
-    canvas = Image.new("RGB", (steps * (W * zoom + gap) - gap, top + n * (H * zoom + gap) - gap), "white")
-    draw = ImageDraw.Draw(canvas)
-    for k in range(steps):
-        draw.text((k * (W * zoom + gap) + 2, 1), f"t = {k / (steps - 1):.2f}" if flow else f"step {k + 1}", fill="black")
-        for j in range(n):
-            picture = Image.fromarray(strips[j, k]).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
-            canvas.paste(picture, (k * (W * zoom + gap), top + j * (H * zoom + gap)))
-    replace(file, lambda f: canvas.save(f, format="PNG"))
+    """Each clip is a line of pictures, one for each step of the sampler, under its time t or its number."""
+    n = strips.shape[1]
+    labels = [f"t = {t:.2f}" for t in np.linspace(0, 1, n)] if flow else [f"step {k + 1}" for k in range(n)]
+    paper = sheet(strips, above=labels)
+    write_whole(file, lambda temporary: paper.save(temporary, format="PNG"))
 
-
-def save_curve(folder, size=(760, 300)):
-    """FOLDER/loss.png: the loss of log.jsonl over the steps, and below it what was dreamt on the way, from samples/."""
-    with open(os.path.join(folder, "log.jsonl")) as f:
+def save_curve(folder):
+    """FOLDER/loss.png: the loss of log.jsonl over the steps, and below it what was dreamt on the way."""
+    with open(f"{folder}/log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    (width, height), left, top, bottom = size, 60, 24, 24
-    steps, losses = (np.array([line[k] for line in log]) for k in ("step", "loss"))
-    low, high = losses.min(), np.quantile(losses, 0.98) if len(losses) > 10 else losses.max()  # the first steps may leave it
-    x = left + (steps / max(steps[-1], 1)) * (width - left - 12)
-    y = height - bottom - ((losses - low) / max(high - low, 1e-9)).clip(0, 1.03) * (height - top - bottom)
-    gifs = os.path.join(folder, "samples")
-    gifs = sorted(g for g in os.listdir(gifs) if g.startswith("step_") and g.endswith(".gif")) if os.path.isdir(gifs) else []
-    shown = []
-    for name in gifs[:: max(1, -(-len(gifs) // 5))]:  # of each: the first clip's last predicted frame
-        with Image.open(os.path.join(folder, "samples", name)) as gif:
-            gif.seek(gif.n_frames - 1)
-            w = (gif.width + 4) // 4 - 4
-            picture = gif.convert("RGB").crop((2 * (w + 4), 14, 2 * (w + 4) + w, 14 + w))
-            shown.append((int(name[5:-4]), picture.resize((128, 128), Image.Resampling.BICUBIC)))
-    canvas = Image.new("RGB", (width, height + (150 if shown else 0)), "white")
+    steps, losses = zip(*((line["step"], line["loss"]) for line in log))
+    gifs = sorted(glob(f"{escape(folder)}/samples/step_*.gif"))
+    gifs = gifs[:: len(gifs) // 5 + 1]  # five at most
+    canvas = Image.new("RGB", (760, 450 if gifs else 300), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((left, 4), f"loss of {folder} (last {losses[-1]:.4g})", fill="black")
-    for part in (0, 0.5, 1):
-        v, h = low + part * (high - low), height - bottom - part * (height - top - bottom)
-        draw.line([(left, h), (width - 12, h)], fill=(225, 225, 225))
-        draw.text((4, h - 6), f"{v:.4g}", fill="black")
-        draw.text((left + part * (width - left - 50), height - bottom + 6), f"{round(part * steps[-1])}", fill="black")
-    draw.line(list(zip(x.tolist(), y.tolist())), fill=(31, 119, 180), width=2)
-    for j, (step, picture) in enumerate(shown):
-        canvas.paste(picture, (left + j * 138, height + 2))
-        draw.text((left + j * 138, height + 132), f"step {step}", fill="black")
-    replace(os.path.join(folder, "loss.png"), lambda f: canvas.save(f, format="PNG"))
+    draw.text((60, 4), f"loss of {folder} up to step {steps[-1]} (last {losses[-1]:.4g})", fill="black")
+    # 1. The curve. The few largest losses are those of the start: they leave the picture at its top.
+    low, high = min(losses), np.quantile(losses, 0.98) + 1e-9
+    for height, loss in zip((276, 150, 24), np.linspace(low, high, 3)):
+        draw.line([(60, height), (748, height)], fill=(225, 225, 225))
+        draw.text((4, height - 6), f"{loss:.4g}", fill="black")
+    x = np.interp(steps, [0, steps[-1]], [60, 748])
+    y = np.interp(losses, [low, high], [276, 24])
+    draw.line([*zip(x, y)], fill=(31, 119, 180), width=2)
+    # 2. The last frame of each GIF. Its third column is the prediction.
+    for left, file in zip(range(60, 760, 138), gifs):
+        with Image.open(file) as gif:
+            gif.seek(gif.n_frames - 1)
+            column = gif.width // 4
+            frame = gif.convert("RGB").crop((2 * column, TOP, 3 * column - GAP, TOP + column - GAP))
+        canvas.paste(frame.resize((128, 128)), (left, 302))
+        draw.text((left, 432), os.path.basename(file), fill="black")
+    write_whole(f"{folder}/loss.png", lambda temporary: canvas.save(temporary, format="PNG"))
 
+# ---- the command line ----------------------------------------------------------------------------
 
-def export(saved, file):
-    """What sampling and scoring need, in half precision: the form of weights/."""
-    small = {k: saved[k] for k in ("config", "model_config", "tokenizer", "data", "step")}
-    small["ema"] = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in saved["ema"].items()}
-    replace(file, lambda f: torch.save(small, f))
+SETTINGS = {  # for each model, what a flag is called by its sampler
+    "masked": {"steps": "K", "temperature": "temperature", "order": "order"},
+    "flow": {"steps": "steps", "cfg": "cfg", "method": "method"}}
 
-
-def settings_of(saved, args):
-    """The sampler's settings: the preset's, replaced by what was asked for; what the other model has is refused."""
-    for name in {"masked": ("cfg", "method"), "flow": ("temperature", "order")}[saved["config"]["model"]]:
-        if getattr(args, name) is not None:
-            raise DataError(f"--{name} means nothing to a {saved['config']['model']} model: leave it out")
-    settings = dict(MODELS[saved["config"]["model"]].SAMPLING[saved["config"]["preset"]])
-    asked = {"masked": {"K": args.steps, "temperature": args.temperature, "order": args.order},
-             "flow": {"steps": args.steps, "cfg": args.cfg, "method": args.method}}
-    settings.update({k: v for k, v in asked[saved["config"]["model"]].items() if v is not None})
+def settings_of(saved, args=None):
+    """The sampler's settings as a dict: the preset's, replaced by what the flags `args` ask for.
+    DataError for a flag of the other model, and for guidance of a flow model trained with p_drop 0: it never
+    learned the velocity without conditions, from which guidance leads away."""
+    kind, preset = saved["config"]["model"], saved["config"]["preset"]
+    settings = dict(MODELS[kind].SAMPLING[preset])
+    unguided = saved["model_config"].get("p_drop") == 0
+    if unguided:
+        settings["cfg"] = 1.0
+    for flag in ("steps", "cfg", "method", "temperature", "order"):
+        value = getattr(args, flag, None)
+        if value is None:
+            continue
+        if flag not in SETTINGS[kind]:
+            raise DataError(f"--{flag} means nothing to a {kind} model: leave it out")
+        settings[SETTINGS[kind][flag]] = value
+    if unguided and settings["cfg"] != 1:
+        raise DataError(f"--cfg {settings['cfg']:g} needs a model trained with p_drop above 0: leave it out")
     return settings
-
 
 def add_sampling_flags(p):
     p.add_argument("--ckpt", required=True, help="checkpoint made by train.py, or a file of weights/")
-    p.add_argument("--data", default="", help="data folder; default: the checkpoint's own, or the built-in robot")
+    p.add_argument("--data", default="", help="data folder; default: the checkpoint's own")
     p.add_argument("--tokenizer", default="", help="default: the one that the checkpoint names")
-    p.add_argument("--steps", type=int, help="masked: refinement steps K per frame; flow: Euler steps; default: the preset's")
-    p.add_argument("--cfg", type=float, help="flow: scale of classifier-free guidance; 1 is none; default: the preset's")
-    p.add_argument("--temperature", type=float, help="masked: of the token distribution; 0 is argmax; default: the preset's")
-    p.add_argument("--order", choices=["random", "confidence"], help="masked: which tokens are kept first; default: random")
-    p.add_argument("--method", choices=["euler", "midpoint"], help="flow: the solver; midpoint asks twice a step; default: euler")
-    p.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged over training (default), or the last")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow to begin, faster after")
+    p.add_argument("--steps", type=int, help="masked: K of a latent frame; flow: the solver's steps")
+    p.add_argument("--cfg", type=float, help="flow: scale of classifier-free guidance, 1 for none")
+    p.add_argument("--temperature", type=float, help="masked: of the tokens drawn, 0 for the likeliest")
+    p.add_argument("--order", choices=["random", "confidence"], help="masked: which ids stay first")
+    p.add_argument("--method", choices=["euler", "midpoint"], help="flow: the solver")
+    p.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged, or the last")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow to begin")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
-
 def check_sampling_flags(args):
-    for name, low in (("steps", 1), ("num", 1), ("temperature", 0), ("rollout", 1), ("seed", 0)):
+    """DataError for numbers that make no sense, and for a device that is not there."""
+    for name, low in {"steps": 1, "num": 1, "rollout": 1, "seed": 0, "temperature": 0, "cfg": 0}.items():
         value = getattr(args, name, None)
-        if value is not None and value < low:
+        if value is not None and not low <= value < math.inf:
             raise DataError(f"--{name} {value} makes no sense: give at least {low}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:  # torch's ways to say: no such device
-        raise DataError(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}): give cpu") from None
+        raise DataError(f"--device {args.device} cannot be used here ({e!r:.99}): give cpu") from None
 
-
+@command
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sampling_flags(p)
-    p.add_argument("--out", default="", help="folder for dream.gif and dream.png; default: beside the checkpoint")
+    p.add_argument("--out", default="", help="folder; default: samples/ beside the checkpoint")
     p.add_argument("--num", type=int, default=4, help="validation clips (default 4)")
-    p.add_argument("--rollout", type=int, default=1, help="windows of eight frames to dream one after the other (default 1)")
-    p.add_argument("--actions", default="shuffled", choices=ACTIONS, help="the last row's actions (default shuffled: another clip's)")
-    p.add_argument("--trace", action="store_true", help="write trace.png instead: the last frame after each step of the sampler")
-    p.add_argument("--export", default="", metavar="FILE", help="only write FILE: the checkpoint without what training needs")
+    p.add_argument("--rollout", type=int, default=1, help="windows of eight frames in a row (default 1)")
+    p.add_argument("--actions", choices=ACTIONS, default="shuffled", help="of the last row (else shuffled)")
+    p.add_argument("--trace", action="store_true", help="write trace.png instead: a frame, step by step")
+    p.add_argument("--export", default="", metavar="FILE", help="only write FILE, what sampling needs")
     args = p.parse_args(argv)
-    try:
-        check_sampling_flags(args)
-        start = time.time()
-        if args.export:
-            export(read_checkpoint(args.ckpt), args.export)
-            print(f"wrote {args.export}: {os.path.getsize(args.export) / 1e6:.1f} MB")
-            return
-        model, saved = load_model(args.ckpt, args.device, args.weights)
-        if args.compile:
-            compile_blocks(model)
-        tokenizer, clips = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer), validation_clips(saved, args.data)
-        check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
-        settings = settings_of(saved, args)
-        print(f"{saved['config']['model']} {saved['config']['variant']}, step {saved['step']}, on {args.device}: "
-              f"{args.num} clips of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")
-        out = args.out or (os.path.join("out", "samples_" + os.path.basename(args.ckpt).removesuffix(".pt"))
-                           if os.path.dirname(os.path.abspath(args.ckpt)) == os.path.join(HERE, "weights") else
-                           os.path.join(os.path.dirname(args.ckpt), "samples"))
-        if args.trace:
-            strips = trace(model, tokenizer, clips, args.num, args.seed, **settings)
-            save_trace(strips, os.path.join(out, "trace.png"), flow=tokenizer.kind == "continuous")
-            print(f"wrote {out}/trace.png in {time.time() - start:.0f} s")
-            return
-        rows = picture_rows(dream(model, tokenizer, clips, args.num, args.seed, args.actions, args.rollout, **settings),
-                            other=args.actions)
-        save_gif(rows, os.path.join(out, "dream.gif"), clips.hz)
-        save_png(rows, os.path.join(out, "dream.png"))
-        print(f"wrote {out}/dream.gif and {out}/dream.png in {time.time() - start:.0f} s")
-    except (DataError, TokenizerError, CheckpointError, OSError) as e:
-        sys.exit(f"sample.py: {e}")
-
+    check_sampling_flags(args)
+    if args.export:
+        export(read_checkpoint(args.ckpt), args.export)
+        print(f"wrote {args.export}: {os.path.getsize(args.export) / 1e6:.1f} MB")
+        return
+    # 1. The model, its tokenizer and clips, and that they fit together.
+    model, saved = load_model(args.ckpt, args.device, args.weights)
+    if args.compile:
+        compile_blocks(model)
+    config, settings = saved["config"], settings_of(saved, args)
+    tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
+    clips = validation_clips(saved, args.data)
+    check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
+    print(f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}: {args.num} clips "
+          f"of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")
+    # 2. The pictures go beside the checkpoint, but those of shipped weights go to out/.
+    folder, name = os.path.split(args.ckpt)
+    beside = f"out/samples_{name[:-3]}" if folder.endswith("weights") else os.path.join(folder, "samples")
+    out = args.out or beside
+    # 3. The dreams.
+    if args.trace:
+        strips = trace(model, tokenizer, clips, args.num, args.seed, **settings)
+        save_trace(strips, f"{out}/trace.png", flow=tokenizer.kind == "continuous")
+        print(f"wrote {out}/trace.png")
+    else:
+        dreams = dream(model, tokenizer, clips, args.num, args.seed, args.actions, args.rollout, **settings)
+        rows = picture_rows(dreams, other=args.actions)
+        save_gif(rows, f"{out}/dream.gif", clips.hz)
+        save_png(rows, f"{out}/dream.png")
+        print(f"wrote {out}/dream.gif and {out}/dream.png")
 
 if __name__ == "__main__":
     main()

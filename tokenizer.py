@@ -1,744 +1,520 @@
-"""Video <-> latents: the Cosmos tokenizer (NVIDIA et al., 2025), written out once for both of its kinds.
+"""Video <-> latents: the Cosmos tokenizer (NVIDIA et al., 2025), one causal autoencoder of two kinds.
 
-Flow-HWM works on the continuous latents of CV8x16x16, Masked-HWM on the discrete ids of DV8x8x8 (Sec. 3.1, 3.2).
-Both are one causal autoencoder: a frame's latent never depends on a later frame, so the past can be encoded
-without the future, and the first frame is a latent of its own (T latents hold 1 + temporal * (T - 1) frames).
+Flow-HWM works on the continuous latents of CV8x16x16, Masked-HWM on the discrete ids of DV8x8x8 (Sec. 3).
+Causal means that a latent never depends on a later frame, so the past can be encoded without the future.
+The first frame is a latent of its own: T latents hold F = 1 + temporal * (T - 1) frames.
 
     video (B, 3, F, H, W) in [-1, 1]  --encode-->  continuous: latents (B, C, T, H/s, W/s)
                                                    discrete:   ids (B, T, H/s, W/s), 0 .. vocab_size - 1
-    latents | ids                     --decode-->  video (B, 3, F, H, W)
+    latents or ids                    --decode-->  video (B, 3, F, H, W)
 
-The tiny tokenizers in weights/ and NVIDIA's 112.5 M parameters are instances of this one class; module names
-follow NVIDIA's files, so that loading them is a load_state_dict.
-
-    python tokenizer.py train --data data/robot --kind discrete --out out/tokenizer   # train one
-    python tokenizer.py check --tokenizer weights/tokenizer_dv_tiny.pt --data data/robot    # round trip: PSNR, statistics
+    python tokenizer.py                                        # a walk through the shapes
+    python tokenizer.py train --data data/robot --kind discrete --out out/tokenizer
+    python tokenizer.py check --data data/robot --tokenizer weights/tokenizer_dv_tiny.pt
 """
-import argparse
-import functools
+import errno
 import hashlib
-import io
-import json
 import math
 import os
 import pickle
+import re
 import sys
-import time
 import zipfile
-from dataclasses import asdict, dataclass, fields
-
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from tqdm import tqdm
 
+# Axes that are halved after encoder levels 0 and 1, and doubled after decoder levels 2 and 1. So NVIDIA's
+# weights were trained: the encoder halves as early as it can, the decoder doubles time in its second step.
+RESAMPLING = {  # (temporal, spatial) compression
+    (4, 4): ("", "", "", ""),
+    (4, 8): ("space", "", "space", ""),
+    (4, 16): ("space", "space", "space", "space"),
+    (8, 4): ("time", "", "", "time"),
+    (8, 8): ("space, time", "", "", "space, time"),
+    (8, 16): ("space, time", "space", "space", "space, time"),
+}
 
 @dataclass
 class TokenizerConfig:
-    channels: int = 128  # width before the levels' multipliers
+    channels: int = 128  # width before the multipliers of the three levels
     channels_mult: tuple = (2, 4, 4)
-    num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
-    z_channels: int = 16
-    latent_channels: int = 16  # continuous: channels of a latent
-    levels: tuple = ()  # discrete: FSQ levels, their product is the vocabulary; empty means continuous
+    num_res_blocks: int = 2  # per level of the encoder; the decoder has one more
+    z_channels: int = 16  # width on both sides of the bottleneck
+    latent_channels: int = 16  # continuous: channels C of a latent
+    levels: tuple = ()  # discrete: FSQ levels, whose product is the vocabulary; empty means continuous
     spatial_compression: int = 16
     temporal_compression: int = 8
-    patch_size: int = 4  # two levels of Haar wavelets, in time and space
+    patch_size: int = 4  # of the wavelets; files state it, and it is always 4
 
+    def __post_init__(self):
+        self.channels_mult, self.levels = tuple(self.channels_mult), tuple(self.levels)  # of a list
+        for name, value in vars(self).items():
+            numbers = value if type(value) is tuple else (value,)
+            if not all(type(n) is int and 0 < n <= 4096 for n in numbers):
+                raise DataError(f"{name} = {value!r:.50} makes no sense: give whole numbers of 1..4096")
+        known = (self.temporal_compression, self.spatial_compression) in RESAMPLING
+        if not known or self.patch_size != 4 or len(self.channels_mult) != 3 or 1 in self.levels:
+            raise DataError(f"{self} cannot be built: give temporal compression 4 or 8, spatial 4, 8 or 16, "
+                            "three channels_mult, patch_size 4 and levels above 1")
 
 PRESETS = {
     "cv8x16x16": TokenizerConfig(),
     "dv8x8x8": TokenizerConfig(spatial_compression=8, levels=(8, 8, 8, 5, 5, 5)),
-    "continuous": TokenizerConfig(channels=16, channels_mult=(2, 4, 4), z_channels=32, latent_channels=32, spatial_compression=8),
-    "discrete": TokenizerConfig(channels=16, channels_mult=(2, 4, 4), z_channels=32, spatial_compression=8, levels=(7, 5, 5, 5, 5)),
+    "continuous": TokenizerConfig(channels=16, z_channels=32, latent_channels=32, spatial_compression=8),
+    "discrete": TokenizerConfig(channels=16, z_channels=32, levels=(7, 5, 5, 5, 5), spatial_compression=8),
 }
 
-
-class DataError(ValueError):
-    """Bad input. The message is one sentence that names the file, the value and the way out."""
-
-
-TokenizerError = DataError
-
-
-# ---- What every module uses ------------------------------------------------------------------------
-
-
-def rank_and_world():
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def count_parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def command(main):
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        name = os.path.basename(sys.modules[main.__module__].__file__)
-        try:
-            return main(argv)
-        except DataError as e:
-            sentence = f"{name}: {e}"
-        except OSError as e:
-            sentence = f"{name}: {e.filename}: {e.strerror}"
-        sys.exit(sentence if rank_and_world()[0] == 0 else 1)
-    return wrapped
-
-
-def write_whole(file, write):
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    try:
-        write(file + ".tmp")
-        os.replace(file + ".tmp", file)
-    except (OSError, RuntimeError) as e:
-        if os.path.exists(file + ".tmp"):
-            os.remove(file + ".tmp")
-        raise DataError(f"{file} could not be written ({str(e).splitlines()[0]})") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Wavelet patches: 4 x 4 x 4 pixels become one place of 64 x 3 channels, losslessly
-
-
-def haar(x):
-    """One level of the 3D Haar transform. (B, C, T, H, W) -> (B, 8C, T/2, H/2, W/2), bands outermost in the channels,
-    time slowest and width fastest. The all-low band is the mean of each 2 x 2 x 2 cell."""
-    x = rearrange(x, "b c (t p) (h q) (w r) -> p q r b c t h w", p=2, q=2, r=2)
+# ---- wavelet patches: 4 x 4 x 4 pixels become one position of 64 x 3 channels, losslessly --------
+def sums_and_differences(x):
     for axis in range(3):
         a, b = x.unbind(axis)
-        x = torch.stack([a + b, a - b], axis)  # low, high
-    return rearrange(x / 8, "p q r b c t h w -> b (p q r c) t h w")
+        x = torch.stack([a + b, a - b], axis)
+    return x
 
+def haar(x):
+    """One level of the 3D Haar transform, (B, C, T, H, W) -> (B, 8C, T/2, H/2, W/2). Channels are ordered by
+    band, then colour; bands by time, height, width: the first is the mean of each 2 x 2 x 2 cell."""
+    x = rearrange(x, "b c (t p) (h q) (w r) -> p q r b c t h w", p=2, q=2, r=2)
+    return rearrange(sums_and_differences(x) / 8, "p q r b c t h w -> b (p q r c) t h w")
 
 def inverse_haar(x):
-    """Exact inverse of `haar`."""
     x = rearrange(x, "b (p q r c) t h w -> p q r b c t h w", p=2, q=2, r=2)
-    for axis in range(3):
-        low, high = x.unbind(axis)
-        x = torch.stack([low + high, low - high], axis)
-    return rearrange(x, "p q r b c t h w -> b c (t p) (h q) (w r)")
-
+    return rearrange(sums_and_differences(x), "p q r b c t h w -> b c (t p) (h q) (w r)")
 
 def patch(video):
-    """(B, 3, F, H, W) with F = 1 + 4n -> (B, 192, 1 + n, H/4, W/4). The first frame stands four times, so that it
-    fills a cell of its own and stays independent of the frames after it."""
-    return haar(haar(torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2)))
-
+    """(B, 3, F, H, W), F = 1 + 4n -> (B, 192, 1 + n, H/4, W/4). The first frame is taken four times, to fill
+    a cell of its own and stay independent of the frames after it."""
+    return haar(haar(torch.cat([video[:, :, :1]] * 3 + [video], dim=2)))
 
 def unpatch(x):
-    """Exact inverse of `patch`."""
     return inverse_haar(inverse_haar(x))[:, :, 3:]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Causal layers. All tensors are (B, C, T, H, W).
-
+# ---- causal layers: all tensors are (B, C, T, H, W) ----------------------------------------------
+def each_frame(function, x):
+    """Applies a function of pictures, (N, C, H, W) -> (N, C', H', W'), to every frame by itself."""
+    y = function(x.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 class CausalConv3d(nn.Module):
-    """A convolution over space (1, k, k) or over time (k, 1, 1) that sees no later frame: time is padded in front only,
-    by repeating the first frame. Either is a 2D convolution in disguise, and runs as one."""
-
-    def __init__(self, c_in, c_out, kernel, stride=1, pad=None):
+    """A convolution over space, kernel (1, k, k), or over time, kernel (k, 1, 1), that sees no later frame.
+    Plainly: pad (space with zeros, time by repeating the first frame in front), then `self.conv3d(x)`. Either
+    kernel has an axis to spare, so it runs as a 2D convolution, which CPUs do several times faster."""
+    def __init__(self, c_in, c_out, kernel, stride=1):
         super().__init__()
         self.conv3d = nn.Conv3d(c_in, c_out, kernel)  # holds the parameters, under NVIDIA's names
         self.in_time, self.stride = kernel[0] > 1, stride
-        self.pad = kernel[1] // 2 if pad is None else pad  # in space
-        self.front = kernel[0] - stride if self.in_time else 0  # frames to repeat in front
+        self.front = kernel[0] - stride if self.in_time else 0  # frames to repeat
+        self.pad = kernel[1] // 2 if stride == 1 else 0  # Downsample pads by itself
 
     def forward(self, x):
-        B, C, T, H, W = x.shape
         weight, bias = self.conv3d.weight, self.conv3d.bias
-        if self.in_time:
-            x = torch.cat([x[:, :, :1]] * self.front + [x], dim=2).flatten(3)  # (B, C, T + front, H*W)
-            return F.conv2d(x, weight[..., 0], bias, stride=(self.stride, 1)).unflatten(3, (H, W))
-        x = x.transpose(1, 2).flatten(0, 1)  # (B*T, C, H, W)
-        x = F.conv2d(x, weight[:, :, 0], bias, stride=self.stride, padding=self.pad)
-        return x.unflatten(0, (B, T)).transpose(1, 2)
-
+        if not self.in_time:
+            return each_frame(lambda f: F.conv2d(f, weight[:, :, 0], bias, self.stride, self.pad), x)
+        x = torch.cat([x[:, :, :1]] * self.front + [x], dim=2)
+        columns = x.flatten(3)  # (B, C, front + T, H*W): a picture whose columns are the positions
+        columns = F.conv2d(columns, weight[..., 0], bias, stride=(self.stride, 1))
+        return columns.unflatten(3, x.shape[3:])
 
 def factorised_conv(c_in, c_out):
     return nn.Sequential(CausalConv3d(c_in, c_out, (1, 3, 3)), CausalConv3d(c_out, c_out, (3, 1, 1)))
 
-
 def pointwise(c_in, c_out):
     return CausalConv3d(c_in, c_out, (1, 1, 1))
 
-
 class FrameNorm(nn.Module):
     """GroupNorm(1) of each frame by itself: statistics over time would let the future leak into the past."""
-
     def __init__(self, c):
         super().__init__()
         self.norm = nn.GroupNorm(1, c, eps=1e-6)
 
     def forward(self, x):
-        y = self.norm(x.transpose(1, 2).flatten(0, 1))  # (B*T, C, H, W)
-        return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-
+        return each_frame(self.norm, x)
 
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
         self.norm1, self.conv1 = FrameNorm(c_in), factorised_conv(c_in, c_out)
         self.norm2, self.conv2 = FrameNorm(c_out), factorised_conv(c_out, c_out)
-        self.nin_shortcut = pointwise(c_in, c_out) if c_in != c_out else nn.Identity()
+        self.nin_shortcut = nn.Identity() if c_in == c_out else pointwise(c_in, c_out)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
 
-
 class Attention(nn.Module):
-    """One-head attention over the places of a frame, or over the earlier frames of a place."""
-
-    def __init__(self, c, temporal):
+    """Every position attends to its whole frame or, in_time, to itself in this and the earlier frames."""
+    def __init__(self, c, in_time):
         super().__init__()
-        self.norm, self.temporal = FrameNorm(c), temporal
+        self.norm, self.in_time = FrameNorm(c), in_time
         self.q, self.k, self.v, self.proj_out = (pointwise(c, c) for _ in range(4))
 
     def forward(self, x):
         B, C, T, H, W = x.shape
-        over = "b c t h w -> (b h w) 1 t c" if self.temporal else "b c t h w -> (b t) 1 (h w) c"
-        back = "(b h w) 1 t c -> b c t h w" if self.temporal else "(b t) 1 (h w) c -> b c t h w"
+        tokens = "(b h w) 1 t c" if self.in_time else "(b t) 1 (h w) c"
         y = self.norm(x)
-        q, k, v = (rearrange(m(y), over) for m in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.temporal)  # scale is width ** -0.5
-        return x + self.proj_out(rearrange(y, back, b=B, t=T, h=H, w=W))
-
-
-def average(x, cell):
-    """In float32: there is no bfloat16 average pool for CPUs."""
-    return F.avg_pool3d(x.float(), cell, cell).to(x.dtype)
-
+        q, k, v = (rearrange(project(y), f"b c t h w -> {tokens}") for project in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.in_time)  # scaled by C ** -0.5
+        return x + self.proj_out(rearrange(y, f"{tokens} -> b c t h w", b=B, t=T, h=H, w=W))
 
 class Downsample(nn.Module):
-    """Halves space and / or time: strided convolution plus average pool, then 1 x 1 x 1.
-    With nothing to do it is the identity, but keeps its weights as NVIDIA's files do."""
-
-    def __init__(self, c, spatial, temporal):
+    """Halves its axes, by a strided convolution plus the average of each pair (in float32, for CPUs have no
+    other); then 1 x 1 x 1. Without axes it is the identity, but keeps its weights as NVIDIA's files do."""
+    def __init__(self, c, axes):
         super().__init__()
-        self.spatial, self.temporal = spatial, temporal
-        self.conv1 = CausalConv3d(c, c, (1, 3, 3), stride=2, pad=0)
+        self.axes, self.conv3 = axes, pointwise(c, c)
+        self.conv1 = CausalConv3d(c, c, (1, 3, 3), stride=2)
         self.conv2 = CausalConv3d(c, c, (3, 1, 1), stride=2)
-        self.conv3 = pointwise(c, c)
 
     def forward(self, x):
-        if self.spatial:
-            x = F.pad(x, (0, 1, 0, 1))  # one column and one row at the end
-            x = self.conv1(x) + average(x, (1, 2, 2))
-        if self.temporal:
-            x = torch.cat([x[:, :, :1], x], dim=2)  # the first frame twice: T is odd, 1 + 2n -> 1 + n
-            x = self.conv2(x) + average(x, (2, 1, 1))
-        return self.conv3(x) if self.spatial or self.temporal else x
-
+        if "space" in self.axes:
+            x = F.pad(x, (0, 1, 0, 1))  # one column and one row of zeros at the end
+            x = self.conv1(x) + F.avg_pool3d(x.float(), (1, 2, 2)).to(x.dtype)
+        if "time" in self.axes:
+            x = torch.cat([x[:, :, :1], x], dim=2)  # the first frame twice: T = 1 + 2n becomes 1 + n
+            x = self.conv2(x) + F.avg_pool3d(x.float(), (2, 1, 1)).to(x.dtype)
+        return self.conv3(x) if self.axes else x
 
 class Upsample(nn.Module):
-    """Mirror of Downsample: each frame twice (the first once), each pixel 2 x 2, with residual convolutions."""
-
-    def __init__(self, c, spatial, temporal):
+    """The mirror of Downsample: repeats each frame (except the first) and each pixel, then convolves."""
+    def __init__(self, c, axes):
         super().__init__()
-        self.spatial, self.temporal = spatial, temporal
+        self.axes, self.conv3 = axes, pointwise(c, c)
         self.conv1 = CausalConv3d(c, c, (3, 1, 1))
         self.conv2 = CausalConv3d(c, c, (1, 3, 3))
-        self.conv3 = pointwise(c, c)
 
     def forward(self, x):
-        if self.temporal:
-            if x.shape[2] > 1:
-                x = x.repeat_interleave(2, dim=2)[:, :, 1:]  # 1 + n -> 1 + 2n
-            x = x + self.conv1(x)
-        if self.spatial:
+        if "time" in self.axes:
+            twice = x.repeat_interleave(2, dim=2)[:, :, 1:]  # T = 1 + n becomes 1 + 2n
+            x = twice + self.conv1(twice)
+        if "space" in self.axes:
             x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
             x = x + self.conv2(x)
-        return self.conv3(x) if self.spatial or self.temporal else x
+        return self.conv3(x) if self.axes else x
 
+# ---- encoder and decoder -------------------------------------------------------------------------
+def level(c_in, c_out, n_block, **resample):
+    """Residual blocks of one width, then downsample=... or upsample=... where one is given."""
+    blocks = [ResBlock(c_out if i else c_in, c_out) for i in range(n_block)]
+    return nn.Sequential(OrderedDict(block=nn.Sequential(*blocks), **resample))
 
-class Level(nn.Module):
-    """Residual blocks of one width; `downsample` or `upsample` is set by the encoder or decoder."""
-
-    def __init__(self, c_in, c_out, n_block):
-        super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(n_block))
-
-    def forward(self, x):
-        for block in self.block:
-            x = block(x)
-        return x
-
-
-class Middle(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.block_1, self.block_2 = ResBlock(c, c), ResBlock(c, c)
-        self.attn_1 = nn.Sequential(Attention(c, temporal=False), Attention(c, temporal=True))
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-def sampling_steps(c):
-    """How often each axis is still to be halved after the wavelets -> (n_spatial, n_temporal)."""
-    return tuple(int(math.log2(f // c.patch_size)) for f in (c.spatial_compression, c.temporal_compression))
-
+def middle(c):
+    attention = nn.Sequential(Attention(c, in_time=False), Attention(c, in_time=True))
+    return nn.Sequential(OrderedDict(block_1=ResBlock(c, c), attn_1=attention, block_2=ResBlock(c, c)))
 
 class Encoder(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        widths, (n_s, n_t) = [c.channels * m for m in c.channels_mult], sampling_steps(c)
-        self.conv_in = factorised_conv(3 * c.patch_size**3, c.channels)
-        self.down = nn.ModuleList(Level(i, o, c.num_res_blocks) for i, o in zip([c.channels] + widths, widths))
-        for i, level in enumerate(self.down[:-1]):
-            level.downsample = Downsample(widths[i], i < n_s, i < n_t)
-        self.mid, self.norm_out = Middle(widths[-1]), FrameNorm(widths[-1])
-        self.conv_out = factorised_conv(widths[-1], c.z_channels)
+        c, n = config.channels, config.num_res_blocks
+        c0, c1, c2 = (c * multiplier for multiplier in config.channels_mult)
+        axes0, axes1, _, _ = RESAMPLING[config.temporal_compression, config.spatial_compression]
+        self.conv_in = factorised_conv(192, c)
+        self.down = nn.Sequential(level(c, c0, n, downsample=Downsample(c0, axes0)),
+                                  level(c0, c1, n, downsample=Downsample(c1, axes1)),
+                                  level(c1, c2, n))
+        self.mid, self.norm_out = middle(c2), FrameNorm(c2)
+        self.conv_out = factorised_conv(c2, config.z_channels)
 
     def forward(self, video):
-        x = patch(video).contiguous(memory_format=torch.channels_last_3d)  # what CPUs and tensor cores convolve fastest
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-            x = level.downsample(x) if hasattr(level, "downsample") else x
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
+        x = patch(video).contiguous(memory_format=torch.channels_last_3d)  # what devices convolve fastest
+        x = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 class Decoder(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        widths, (n_s, n_t) = [c.channels * m for m in c.channels_mult], sampling_steps(c)
-        self.conv_in = factorised_conv(c.z_channels, widths[-1])
-        self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(Level(i, o, c.num_res_blocks + 1) for i, o in zip(widths[1:] + widths[-1:], widths))
-        for j, level in enumerate(reversed(self.up[1:])):  # j-th step from the coarsest; time starts at the second
-            temporal = 0 < j < 1 + n_t
-            width = level.block[-1].conv2[1].conv3d.out_channels
-            level.upsample = Upsample(width, n_s > 0 and (temporal or (j < n_s and n_s > n_t)), temporal)
-        self.norm_out = FrameNorm(widths[0])
-        self.conv_out = factorised_conv(widths[0], 3 * c.patch_size**3)
+        c, n = config.channels, config.num_res_blocks + 1
+        c0, c1, c2 = (c * multiplier for multiplier in config.channels_mult)
+        _, _, axes2, axes1 = RESAMPLING[config.temporal_compression, config.spatial_compression]
+        self.conv_in, self.mid = factorised_conv(config.z_channels, c2), middle(c2)
+        self.up = nn.Sequential(level(c1, c0, n),  # numbered as in the encoder, so run from the last
+                                level(c2, c1, n, upsample=Upsample(c1, axes1)),
+                                level(c2, c2, n, upsample=Upsample(c2, axes2)))
+        self.norm_out, self.conv_out = FrameNorm(c0), factorised_conv(c0, 192)
 
     def forward(self, z):
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
-            x = level.upsample(x) if hasattr(level, "upsample") else x
+        for step in reversed(self.up):
+            x = step(x)
         return unpatch(self.conv_out(F.silu(self.norm_out(x))))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finite scalar quantisation
-
-
+# ---- finite scalar quantisation ------------------------------------------------------------------
 class FSQ:
-    """Finite scalar quantisation (Mentzer et al., 2023, appendix A): every channel is squashed to a few integer levels;
-    the codebook is the grid of all their combinations, so it has no parameters and cannot collapse."""
-
+    """Finite scalar quantisation (Mentzer et al., 2023, appendix A): a channel is squashed to a few integer
+    levels. The codebook is the grid of all combinations: it has no parameters and cannot collapse."""
     def __init__(self, levels):
         self.levels = levels
         self.basis = [math.prod(levels[:i]) for i in range(len(levels))]  # mixed radix, first level fastest
 
-    def _row(self, values, like):
+    def per_channel(self, values, like):
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
 
     def quantize(self, z, eps=1e-3):
-        """(B, C, T, H, W) any real -> codes in [-1, 1] on the grid; gradients pass straight through the rounding."""
-        dtype, z = z.dtype, z.float()  # a rounding in low precision would flip ids
-        levels = self._row(self.levels, z)
+        """(B, C, T, H, W), any real numbers -> codes on the grid, in [-1, 1]."""
+        dtype, z = z.dtype, z.float()  # why float32: a rounding in low precision would flip ids
+        levels = self.per_channel(self.levels, z)
+        # 1. Squash to the range of the levels. An even number of levels has no middle one: the range moves by
+        #    half a level, and zero inside tanh is shifted as far, so that zero stays a code.
         half = (levels - 1) * (1 + eps) / 2
-        offset = 0.5 * (levels % 2 == 0)  # an even number of levels has no middle one
+        offset = (1 - levels % 2) / 2
         z = torch.tanh(z + torch.atanh(offset / half)) * half - offset
+        # 2. Round, with the gradient of no rounding (straight-through).
         z = z + (z.round() - z).detach()
         return (z / (levels // 2)).to(dtype)
 
     def codes_to_ids(self, codes):
         codes = codes.float()
-        half = self._row(self.levels, codes) // 2
-        return (((codes * half).round() + half) * self._row(self.basis, codes)).sum(1).long()
+        half = self.per_channel(self.levels, codes) // 2
+        digits = (codes * half).round() + half
+        return (digits * self.per_channel(self.basis, codes)).sum(1).long()
 
     def ids_to_codes(self, ids):
-        levels, basis = self._row(self.levels, ids), self._row(self.basis, ids)
-        digits = ids.unsqueeze(1) // basis % levels
-        return (digits - levels // 2).float() / (levels // 2)
+        levels, basis = self.per_channel(self.levels, ids), self.per_channel(self.basis, ids)
+        digits, half = ids.unsqueeze(1) // basis % levels, levels // 2
+        return (digits - half).float() / half
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- the tokenizer -------------------------------------------------------------------------------
 class Tokenizer(nn.Module):
-    """`kind` "continuous" or "discrete"; `spatial`, `temporal` compression; `channels` or `vocab_size`."""
-
+    """`kind` is "continuous" or "discrete", `spatial` and `temporal` are the compressions. A continuous one
+    has `channels`, a discrete one has `fsq`, `levels` and `vocab_size`."""
     def __init__(self, config):
         super().__init__()
-        self.config, c = config, config
-        self.kind = "discrete" if c.levels else "continuous"
-        self.spatial, self.temporal = c.spatial_compression, c.temporal_compression
-        n_s, n_t = sampling_steps(c)
-        if n_t > 1 or n_s > len(c.channels_mult) - 1:
-            raise TokenizerError(f"compression {self.temporal}x{self.spatial}x{self.spatial} cannot be built from patches of "
-                                 f"{c.patch_size} and {len(c.channels_mult)} levels: use temporal 4 or 8, spatial 4, 8 or 16")
-        if c.levels:
-            self.fsq, self.levels, self.vocab_size = FSQ(c.levels), tuple(c.levels), math.prod(c.levels)
-            code_channels = len(c.levels)
+        self.config, self.kind = config, "discrete" if config.levels else "continuous"
+        self.spatial, self.temporal = config.spatial_compression, config.temporal_compression
+        if self.kind == "discrete":
+            self.levels, self.fsq = config.levels, FSQ(config.levels)
+            self.vocab_size, code_channels = math.prod(config.levels), len(config.levels)
         else:
-            self.channels = code_channels = c.latent_channels
-        self.encoder, self.quant_conv = Encoder(c), pointwise(c.z_channels, code_channels)
-        self.post_quant_conv, self.decoder = pointwise(code_channels, c.z_channels), Decoder(c)
+            self.channels = code_channels = config.latent_channels
+        self.encoder, self.quant_conv = Encoder(config), pointwise(config.z_channels, code_channels)
+        self.post_quant_conv, self.decoder = pointwise(code_channels, config.z_channels), Decoder(config)
 
-    def latent_frames(self, n_frame):
-        """Number of latent frames of n_frame video frames; an error names the next valid lengths."""
-        if n_frame < 1 or (n_frame - 1) % self.temporal:
-            low = 1 + max(n_frame - 1, 0) // self.temporal * self.temporal
-            raise TokenizerError(f"a clip of {n_frame} frames cannot be tokenized: the tokenizer takes 1 + {self.temporal}n "
-                                 f"frames, the next lengths are {low} and {low + self.temporal}")
-        return 1 + (n_frame - 1) // self.temporal
-
-    def _latents(self, video):
-        if video.ndim != 5 or video.shape[1] != 3 or video.shape[3] % self.spatial or video.shape[4] % self.spatial:
-            raise TokenizerError(f"the tokenizer takes video (B, 3, F, H, W) with H and W divisible by {self.spatial}, "
-                                 f"not {tuple(video.shape)}")
-        self.latent_frames(video.shape[2])
-        z = self.quant_conv(self.encoder(video))
+    def bottleneck(self, video):
+        """video -> continuous latents, or codes on the FSQ grid; DataError for shapes that do not fit."""
+        below = video.shape[-3] - (video.shape[-3] - 1) % self.temporal  # the valid length below this one
+        sides_fit = not any(side % self.spatial for side in video.shape[3:])
+        if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] != below or not sides_fit:
+            raise DataError(f"video of shape {tuple(video.shape)} cannot be tokenized: give (B, 3, F, H, W), "
+                            f"H and W divisible by {self.spatial}, F as {below} or {below + self.temporal}")
+        z = self.quant_conv(self.encoder(video.to(self.quant_conv.conv3d.weight)))
         return self.fsq.quantize(z) if self.kind == "discrete" else z
 
     def encode(self, video):
-        """video (B, 3, F, H, W) in [-1, 1] -> latents (B, C, T, H', W') or ids (B, T, H', W') int64."""
-        z = self._latents(video.to(self.dtype))
+        """video (B, 3, F, H, W) in [-1, 1] -> latents (B, C, T, H/s, W/s) or ids (B, T, H/s, W/s) int64."""
+        z = self.bottleneck(video)
         return self.fsq.codes_to_ids(z) if self.kind == "discrete" else z
 
     def decode(self, z):
-        """Inverse of encode, up to what the bottleneck lost; values may leave [-1, 1] a little."""
+        """The inverse of encode, up to what the bottleneck lost; values may leave [-1, 1] a little."""
         z = self.fsq.ids_to_codes(z) if self.kind == "discrete" else z
-        return self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        return self.decoder(self.post_quant_conv(z.to(self.quant_conv.conv3d.weight)))
 
     def forward(self, video):
-        """The autoencoder with straight-through gradients: video -> reconstruction."""
-        return self.decoder(self.post_quant_conv(self._latents(video)))
+        """The whole autoencoder with straight-through gradients: video -> its reconstruction."""
+        return self.decoder(self.post_quant_conv(self.bottleneck(video)))
 
-    @property
-    def dtype(self):
-        return self.post_quant_conv.conv3d.weight.dtype
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
+# ---- files ---------------------------------------------------------------------------------------
+def tokenizer_files(path):
+    """A tokenizer is a file, a folder with tokenizer.pt, or NVIDIA's with encoder.jit and decoder.jit."""
+    if not os.path.isdir(path):
+        return [os.fspath(path)]
+    ours = os.path.join(path, "tokenizer.pt")
+    return [ours] if os.path.exists(ours) else [f"{path}/encoder.jit", f"{path}/decoder.jit"]
 
 def load_tokenizer(path, device="cpu", dtype=torch.float32):
-    """A frozen Tokenizer from a file made by `tokenizer.py train` (or the folder it is in), a .pt with `config` and
-    `state_dict`, or a folder with NVIDIA's encoder.jit and decoder.jit."""
-    if not os.path.exists(path):
-        raise TokenizerError(f"there is no tokenizer at {path}: give a file made by `python tokenizer.py train`, or a folder with "
-                             "encoder.jit and decoder.jit")
-    if os.path.isdir(path) and os.path.exists(os.path.join(path, "tokenizer.pt")):
-        path = os.path.join(path, "tokenizer.pt")
-    if os.path.isdir(path):
-        state = {}
-        for name in ("encoder.jit", "decoder.jit"):
-            state.update(read_torchscript(os.path.join(path, name)))
-        config = config_of_cosmos(state, path)
-    else:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            state = saved["state_dict"]
-            config = TokenizerConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()})
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as e:
-            raise TokenizerError(f"{path} is not a tokenizer file, or is damaged ({type(e).__name__}): give one made by "
-                                 "`python tokenizer.py train`") from None
-    tokenizer = Tokenizer(config)
-    wanted = tokenizer.state_dict()
-    wrong = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape]
-    if wrong:
-        raise TokenizerError(f"{path} does not hold the tokenizer its sizes announce: tensor {wrong[0]} is missing or misshaped "
-                             f"({len(wrong)} in all); get the file again")
-    tokenizer.load_state_dict({k: state[k] for k in wanted})
+    """A frozen Tokenizer from any of `tokenizer_files`; DataError says what is wrong with a file."""
+    file, state = path, {}
+    try:
+        # 1. Read tensors and sizes. NVIDIA's files do not state their sizes.
+        for file in tokenizer_files(path):
+            if file.endswith(".jit"):
+                state.update(read_torchscript(file))
+                config = config_of_cosmos(state, path)
+            else:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+                state = saved["state_dict"]
+                config = TokenizerConfig(**saved["config"])
+        # 2. Build the module without memory ("meta"), then give it those tensors that it has names for.
+        with torch.device("meta"):
+            tokenizer = Tokenizer(config)
+        state = {name: state[name] for name in tokenizer.state_dict()}
+        tokenizer.load_state_dict(state, assign=True)
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise DataError("its weights are not finite")
+    except Exception as e:  # a damaged or hostile file can raise nearly anything
+        raise DataError(f"{file} cannot be used as a tokenizer ({type(e).__name__}: {reason(e)}): get it "
+                        "again, or make one with `python tokenizer.py train`") from None
     return tokenizer.to(device, dtype).eval().requires_grad_(False)
 
-
-def config_of_cosmos(state, path):
-    """Which released tokenizer is it? The files differ in the bottleneck only, and do not state their compression: the
-    released continuous one that the paper uses is 8x16x16, the discrete one 8x8x8; a suffix in the folder's name
-    (CV4x8x8, DV8x16x16, ...) overrides that."""
-    discrete = any(k.endswith("quantizer._levels") for k in state)
-    base = PRESETS["dv8x8x8" if discrete else "cv8x16x16"]
-    config = TokenizerConfig(**asdict(base))
-    digits = "".join(c if c.isdigit() or c == "x" else " " for c in os.path.basename(os.path.abspath(path))).split()
-    for word in digits:
-        parts = word.strip("x").split("x")
-        if len(parts) == 3 and all(p.isdigit() for p in parts) and parts[1] == parts[2]:
-            config.temporal_compression, config.spatial_compression = int(parts[0]), int(parts[1])
-    return config
-
-
-class _Module:
-    """Stands for any TorchScript class while reading its tensors."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        self.__dict__.update(state if isinstance(state, dict) else {})
-
-
-def read_torchscript(file):
-    """Tensors of a TorchScript archive by name, without running any of the code in it: the archive is a zip whose
-    data.pkl holds the module tree; the unpickler below knows tensors and plain containers and refuses all else.
-    Whatever device or type the module was traced with, tensors come out on the CPU as stored."""
-    try:
-        archive = zipfile.ZipFile(file)
-        pickled = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
-    except (OSError, zipfile.BadZipFile, StopIteration):
-        raise TokenizerError(f"{file} is not a readable TorchScript file: download it again") from None
-    root = pickled[: -len("data.pkl")]
-
-    def tensor(storage, offset, size, stride, *_):
-        flat = storage[offset:]
-        return torch.as_strided(flat, size, stride).clone() if flat.numel() else torch.empty(size, dtype=storage.dtype)
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module.startswith("__torch__"):
-                return _Module
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return tensor
-            if (module, name) == ("collections", "OrderedDict"):
-                return dict
-            if module == "torch" and name.endswith("Storage"):
-                return name
-            if module == "torch.jit._pickle":  # typed lists of numbers; they are not tensors
-                return lambda *args: args[0] if args else None
-            raise TokenizerError(f"{file} asks for {module}.{name}, which a file of weights has no use for: do not trust it")
-
-        def persistent_load(self, pid):
-            _, storage, key, _, numel = pid  # the fourth is the device it was saved from
-            dtype = getattr(torch, storage.removesuffix("Storage").lower(), None)
-            data = archive.read(f"{root}data/{key}")
-            if dtype is None or len(data) != numel * dtype.itemsize:
-                raise TokenizerError(f"{file}: tensor storage {key} has {len(data)} bytes instead of {numel} numbers; download "
-                                     "it again")
-            return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-    try:
-        module = Reader(io.BytesIO(archive.read(pickled))).load()
-    except (pickle.UnpicklingError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, IndexError, TypeError,
-            RuntimeError) as e:
-        raise TokenizerError(f"{file} is damaged or no TorchScript module ({type(e).__name__}): download it again") from None
-    if not isinstance(module, _Module):
-        raise TokenizerError(f"{file} holds a {type(module).__name__}, not a TorchScript module: download it again")
-    found, stack = {}, [("", module)]
-    while stack:
-        prefix, node = stack.pop()
-        for name, value in vars(node).items():
-            if isinstance(value, torch.Tensor):
-                found[prefix + name] = value
-            elif isinstance(value, _Module):
-                stack.append((f"{prefix}{name}.", value))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and checking
-
-
-def psnr(a, b):
-    """Mean over frames of the PSNR of two videos (B, 3, F, H, W) in [-1, 1], on rounded uint8, in dB."""
-    a, b = (((v.float().clamp(-1, 1) + 1) * 127.5).round() for v in (a, b))
-    mse = (a - b).square().mean((1, 3, 4)).clamp(min=1e-2)
-    return (10 * torch.log10(255**2 / mse)).mean().item()
-
-
-def batches(clips, batch, seed=0):
-    """Endless shuffled batches of raw video (B, 3, F, H, W) in [-1, 1]."""
-    from data import to_video
-    order = torch.Generator().manual_seed(seed)
-    while True:
-        for chunk in torch.randperm(len(clips), generator=order).split(batch):
-            if len(chunk) == min(batch, len(clips)):
-                yield to_video(torch.stack([clips[i]["video"] for i in chunk.tolist()]))
-
-
-@torch.no_grad()
-def round_trip(tokenizer, clips, n=32):
-    """Mean PSNR (dB) of n clips through encode and decode, with the latents (as encode returns them)."""
-    from data import to_video
-    scores, latents = [], []
-    device = next(tokenizer.parameters()).device
-    for i in torch.linspace(0, len(clips) - 1, min(n, len(clips))).long().tolist():
-        video = to_video(clips[i]["video"][None]).to(device)
-        z = tokenizer.encode(video)
-        scores.append(psnr(tokenizer.decode(z), video))
-        latents.append(z.cpu())
-    return sum(scores) / len(scores), torch.cat(latents)
-
-
-def save(tokenizer, file, **about):
-    """Weights in half precision, written beside and renamed."""
-    state = {k: v.half() for k, v in tokenizer.state_dict().items()}
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    torch.save({"config": asdict(tokenizer.config), "state_dict": state, "kind": tokenizer.kind, **about}, file + ".tmp")
-    os.replace(file + ".tmp", file)
-
-
-save_tokenizer = save
-
+def save_tokenizer(tokenizer, file, **about):
+    """Writes the weights in half precision. What is not finite is refused, so that a good file stays."""
+    state = {name: tensor.half() for name, tensor in tokenizer.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise DataError(f"{file} is not written, because the weights are not finite: lower --lr")
+    content = {"config": asdict(tokenizer.config), "state_dict": state, "kind": tokenizer.kind, **about}
+    write_whole(file, lambda name: torch.save(content, name))
 
 def fingerprint(path):
-    """SHA-256 of a tokenizer: of its file, or of a Cosmos folder's encoder.jit and decoder.jit."""
-    digest = hashlib.sha256()
-    for file in ([path] if not os.path.isdir(path) else [f"{path}/tokenizer.pt"] if os.path.exists(f"{path}/tokenizer.pt")
-                 else [f"{path}/encoder.jit", f"{path}/decoder.jit"]):
-        try:
-            with open(file, "rb") as f:
-                while block := f.read(2 ** 24):
-                    digest.update(block)
-        except OSError as e:
-            raise DataError(f"{file} cannot be read ({e.strerror}): give a tokenizer's file, or a folder "
-                            f"with encoder.jit and decoder.jit") from None
-    return digest.hexdigest()
-
-
-def raw_clips(args, split, stride=None):
-    from data import DataError, open_clips
-    kind = open_clips(args.data, split).kind
-    if kind != "raw":
-        raise DataError(f"{args.data} holds {kind} latents: a tokenizer is trained and checked on raw video, give its folder")
-    return open_clips(args.data, split, stride=stride, size=args.size)
-
-
-@torch.no_grad()
-def start_simple(tokenizer):
-    """Starting weights for training. PyTorch's own make every layer mix frames and channels at random, and every band of
-    the wavelets equally strong, which all has to be unlearned. Here time is left alone (the newest tap of a causal
-    kernel is one), resampling is copying and averaging, residual branches are quiet, and the picture starts grey.
-    Worth 1.2 dB after the same two hundred seconds."""
-    def quiet(conv, factor, identity=0.0):
-        weight = conv.conv3d.weight.mul_(factor)
-        i = torch.arange(min(weight.shape[:2]))
-        weight[i, i, -1, weight.shape[3] // 2, weight.shape[4] // 2] += identity
-        conv.conv3d.bias.zero_()
-
-    for name, module in tokenizer.named_modules():
-        if isinstance(module, (Downsample, Upsample)):
-            quiet(module.conv1, 0.1)
-            quiet(module.conv2, 0.1)
-            quiet(module.conv3, 0.1, identity=1.0)
-        elif isinstance(module, CausalConv3d) and module.in_time and "sample" not in name:
-            quiet(module, 0.1, identity=1.0)
-    quiet(tokenizer.decoder.conv_out[0], 0.05)
-
-
-@torch.no_grad()
-def start_from(tokenizer, file, video):
-    """Starting weights from a trained tokenizer. Where the bottleneck differs (a discrete tokenizer from a continuous one),
-    it becomes the principal components of the old latents on `video`, scaled to the spread that FSQ's levels cover."""
-    old = load_tokenizer(file)
-    skip = [k for k, v in tokenizer.state_dict().items() if k not in old.state_dict() or v.shape != old.state_dict()[k].shape]
-    outside = [k for k in skip if "quant_conv" not in k]
-    if outside:
-        raise TokenizerError(f"--init {file}: its {outside[0]} has another shape; give the sizes it was made with")
-    tokenizer.load_state_dict({k: v for k, v in old.state_dict().items() if k not in skip}, strict=False)
-    if skip:
-        z = rearrange(old.quant_conv(old.encoder(video)), "b c t h w -> (b t h w) c").double()
-        n, mean = tokenizer.quant_conv.conv3d.out_channels, z.mean(0)
-        if n > len(mean):
-            raise TokenizerError(f"--init {file}: its {len(mean)} latent channels cannot start {n}; start from a wider one")
-        variance, axes = torch.linalg.eigh(torch.cov(z.T))
-        axes, spread = axes[:, -n:].flip(1), variance[-n:].flip(0).sqrt()  # (C, n), (n,)
-        into, back = (axes / spread).T, axes * spread  # code = into (z - mean), z = back code + mean
-        a, b, c, d = (m.conv3d for m in (old.quant_conv, tokenizer.quant_conv, old.post_quant_conv, tokenizer.post_quant_conv))
-        flat = lambda conv: conv.weight[..., 0, 0, 0].double()
-        b.weight.copy_((into @ flat(a)).view_as(b.weight))
-        b.bias.copy_(into @ (a.bias - mean))
-        d.weight.copy_((flat(c) @ back).view_as(d.weight))
-        d.bias.copy_(flat(c) @ mean + c.bias)
-        if tokenizer.kind == "discrete":  # tanh of a unit Gaussian, in levels: codes come back in [-1, 1]
-            d.weight.mul_(1.5)
-
-
-def train(args):
-    torch.manual_seed(args.seed)
-    config = TokenizerConfig(**{**asdict(PRESETS[args.kind]), **{f.name: getattr(args, f.name) for f in fields(TokenizerConfig)
-                                                                  if getattr(args, f.name, None) is not None}})
-    tokenizer = Tokenizer(config)
-    start_simple(tokenizer)
-    clips, held_out = (raw_clips(args, split, stride=stride) for split, stride in (("train", 3), ("val", None)))
-    if args.init:
-        start_from(tokenizer, args.init, next(batches(clips, min(16, len(clips)), args.seed)))
-    tokenizer.to(args.device)
-    n = sum(p.numel() for p in tokenizer.parameters())
-    print(f"{args.kind} tokenizer, {n / 1e6:.2f} M parameters, {config.temporal_compression}x{config.spatial_compression}x"
-          f"{config.spatial_compression}, on {len(clips)} clips of {args.data}")
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    warmup = min(100, args.steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * (
-        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, i / args.steps)))))
-    file, start = os.path.join(args.out, "tokenizer.pt"), time.time()
-    bar = tqdm(zip(range(1, args.steps + 1), batches(clips, args.batch, args.seed)), total=args.steps, desc="tokenizer")
-    for step, video in bar:
-        video = video.to(args.device)
-        error = tokenizer(video) - video
-        loss = error.square().mean() + 0.03 * error.abs().mean()  # the first is the PSNR, the second keeps edges sharp
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}")
-        if step % args.eval_every == 0 or step == args.steps:
-            score = round_trip(tokenizer.eval(), held_out)[0]
-            save(tokenizer.train(), file, step=step, psnr=score)
-            bar.write(json.dumps({"step": step, "loss": round(loss.item(), 5), "val_psnr": round(score, 3),
-                                  "minutes": round((time.time() - start) / 60, 1)}))
-    print(f"wrote {file}: {os.path.getsize(file) / 1e6:.1f} MB, {score:.2f} dB on held-out clips")
-
-
-def check(args):
-    tokenizer = load_tokenizer(args.tokenizer, args.device)
-    clips = raw_clips(args, args.split)
-    score, z = round_trip(tokenizer, clips, args.num)
-    print(f"{tokenizer.kind} {tokenizer.temporal}x{tokenizer.spatial}x{tokenizer.spatial}: round trip of {min(args.num, len(clips))} "
-          f"clips {score:.2f} dB; latents of a clip {tuple(z.shape[1:])}")
-    if tokenizer.kind == "discrete":
-        share = torch.bincount(z.flatten(), minlength=tokenizer.vocab_size).float() / z.numel()
-        perplexity = torch.exp(-(share * share.clamp(min=1e-12).log()).sum())
-        print(f"ids: {int((share > 0).sum())} of {tokenizer.vocab_size} in use, perplexity {perplexity:.0f}")
-    else:
-        for name, stat in (("mean", z.mean((0, 2, 3, 4))), ("std ", z.std((0, 2, 3, 4)))):
-            print(f"latent {name} by channel: " + " ".join(f"{v:+.2f}" for v in stat.tolist()))
-
-
-def main(argv=None):
-    from data import DataError
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True)
-    t = commands.add_parser("train", help="train a tokenizer on raw video", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    t.add_argument("--kind", required=True, choices=["discrete", "continuous"])
-    t.add_argument("--out", required=True, help="folder for tokenizer.pt")
-    t.add_argument("--steps", type=int, default=5000)
-    t.add_argument("--batch", type=int, default=4)
-    t.add_argument("--lr", type=float, default=1.5e-3)
-    t.add_argument("--init", default="", help="tokenizer file to start from, a continuous one for either kind; default: nothing")
-    t.add_argument("--seed", type=int, default=0)
-    t.add_argument("--eval_every", type=int, default=500, help="steps between scores, each followed by a save")
-    t.add_argument("--channels", type=int, help="width; default: the tiny preset's")
-    t.add_argument("--spatial_compression", type=int, choices=[4, 8, 16])
-    t.add_argument("--temporal_compression", type=int, choices=[4, 8])
-    t.add_argument("--latent_channels", type=int, help="continuous: channels of a latent")
-    t.add_argument("--levels", type=lambda s: tuple(map(int, s.split(","))), help="discrete: FSQ levels, as in 8,8,8,8")
-    c = commands.add_parser("check", help="round trip and latent statistics", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    c.add_argument("--tokenizer", required=True, help="file, or folder with encoder.jit and decoder.jit")
-    c.add_argument("--split", default="val", choices=["train", "val"])
-    c.add_argument("--num", type=int, default=32, help="clips")
-    for q in (t, c):
-        q.add_argument("--data", required=True, help="folder of raw video, see data.py")
-        q.add_argument("--size", type=int, help="resize frames to this; default: as stored")
-        q.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = p.parse_args(argv)
+    """The SHA-256 of a tokenizer's files, by which encoded data knows what it was made with."""
     try:
-        {"train": train, "check": check}[args.command](args)
-    except (TokenizerError, DataError) as e:
-        sys.exit(f"tokenizer.py: {e}")
+        content = [Path(file).read_bytes() for file in tokenizer_files(path)]
+    except OSError as e:
+        raise DataError(f"{e.filename} cannot be read ({reason(e)}): give a tokenizer") from None
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
+def config_of_cosmos(state, path):
+    """Which released tokenizer is it? The files do not state their compression. The paper's are 8x16x16 when
+    continuous and 8x8x8 when discrete; a suffix of the folder's name, as in CV4x8x8, overrides that."""
+    discrete = any(name.endswith("quantizer._levels") for name in state)
+    config, name = PRESETS["dv8x8x8" if discrete else "cv8x16x16"], os.path.basename(os.path.abspath(path))
+    for temporal, spatial in re.findall(r"(\d+)x(\d+)x\2(?!\d)", name):
+        config = replace(config, temporal_compression=int(temporal), spatial_compression=int(spatial))
+    return config
+
+class ScriptModule:
+    """The stand-in for every class of a TorchScript file: it only holds the attributes."""
+
+class TorchScriptReader(pickle.Unpickler):
+    """Reads the module tree of a TorchScript archive, which is a zip, without running any code of it: only
+    names of tensors and plain containers are known here, all others are refused."""
+    def __init__(self, file):
+        self.archive = zipfile.ZipFile(file)
+        tree = next(name for name in self.archive.namelist() if name.endswith("/data.pkl"))
+        self.folder = tree.removesuffix("data.pkl")
+        super().__init__(self.archive.open(tree))
+
+    def find_class(self, module, name):
+        if module.startswith("__torch__"):
+            return ScriptModule
+        if module == "torch.jit._pickle":  # typed lists of numbers, which are no weights
+            return lambda *numbers: None
+        if name.endswith("Storage"):  # FloatStorage
+            return getattr(torch, name.removesuffix("Storage").lower())
+        if name == "_rebuild_tensor_v2":  # as_strided refuses what reaches out of its storage
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset).clone()
+        if name == "OrderedDict":
+            return dict
+        raise DataError(f"it calls {module}.{name}, which no file of weights needs: do not trust it")
+
+    def persistent_load(self, about):
+        _, dtype, key, _, _ = about  # the others are a word, the device it was saved from, and the length
+        data = bytearray(self.archive.read(f"{self.folder}data/{key}"))
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+def read_torchscript(file):
+    """The tensors of a TorchScript archive by their dotted names, on the CPU, as stored."""
+    found, seen, waiting = {}, set(), [("", TorchScriptReader(file).load())]
+    while waiting:
+        prefix, module = waiting.pop()
+        seen.add(module)
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                found[prefix + name] = value
+            elif isinstance(value, ScriptModule) and value not in seen:  # a module may hold itself
+                waiting.append((f"{prefix}{name}.", value))
+    return found
+
+# ---- what every module uses ----------------------------------------------------------------------
+class DataError(ValueError):
+    """Bad input. The message is one sentence that names the file, the value and the way out."""
+
+def reason(error):
+    """What an exception says, in one line."""
+    return (getattr(error, "strerror", None) or str(error).strip().split("\n")[-1].strip())[:150]
+
+def way_out(error):
+    """What to do about an OSError, or about the RuntimeError that is torch.save's word for a full disk."""
+    number = getattr(error, "errno", errno.ENOSPC)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room on the disk, then give the same command again"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "permission is missing, give a place where you may write"
+    if number in (errno.EEXIST, errno.ENOTDIR):
+        return "a file is where a folder should be, give another name"
+    return "look at that path and its disk"
+
+def command(main):
+    """Decorates every module's main(argv): bad input ends in exit code 1 and one sentence, said by rank 0."""
+    def run(argv=None):
+        try:
+            return main(argv)
+        except DataError as e:
+            sentence = e
+        except OSError as e:
+            sentence = f"{e.filename or 'a file'}: {reason(e)}; {way_out(e)}"
+        program = os.path.basename(main.__code__.co_filename)
+        sys.exit(1 if rank_and_world()[0] else f"{program}: {sentence}")
+    return run
+
+def write_whole(file, write):
+    """Calls write(name) with a temporary name beside `file`, then renames it. Whenever the process or the
+    machine dies, `file` is whole, old or new. Makes the folder. DataError if writing fails."""
+    beside = f"{file}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+        open(beside, "wb").close()  # why: it names a missing permission, which torch.save would not
+        write(beside)
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, file)
+    except (OSError, RuntimeError) as e:
+        raise DataError(f"{file} cannot be written ({reason(e)}): {way_out(e)}") from None
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+
+def rank_and_world():
+    """(number of this process, number of processes) under torchrun; (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+def to_video(frames):
+    """uint8 (B, F, H, W, 3) -> float32 (B, 3, F, H, W) in [-1, 1], what tokenizers take."""
+    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+def to_uint8(video):
+    """float (B, 3, F, H, W) -> uint8 (B, F, H, W, 3), clamped and rounded."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of each frame in dB: uint8 (n, H, W, 3) twice -> float64 (n,). A mean
+    squared error below 0.01 counts as 0.01: equal frames score 68.1 dB, and means stay finite."""
+    mse = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean((1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(mse, 0.01))
+
+# ---- commands ------------------------------------------------------------------------------------
+def walk():
+    """Follows a toy video, a bright square that moves over grey, through the tokenizer of Masked-HWM."""
+    video = torch.full((1, 3, 17, 64, 64), -0.2)
+    for t in range(17):
+        video[:, :, t, 20:40, 2 * t : 2 * t + 20] = 0.6
+    tokenizer = load_tokenizer(Path(__file__).parent / "weights/tokenizer_dv_tiny.pt")
+    z = tokenizer.quant_conv(tokenizer.encoder(video))
+    codes, ids = tokenizer.fsq.quantize(z), tokenizer.encode(video)
+    decoded, past = tokenizer.decode(ids), tokenizer.encode(video[:, :, :9])
+    for name, x in (("video", video), ("wavelet patches", patch(video)), ("encoder, quant_conv", z),
+                    ("FSQ codes", codes), ("ids, what a model sees", ids), ("decoded video", decoded)):
+        print(f"{name:24}{tuple(x.shape)}")
+    print(f"the first id, {ids[0, 0, 0, 0]}, stands for the codes {codes[0, :, 0, 0, 0].tolist()}")
+    print(f"the decoded video has {psnr(to_uint8(decoded)[0], to_uint8(video)[0]).mean():.1f} dB")
+    print(f"9 frames alone give the same first 2 latents as all 17 frames: {torch.equal(past, ids[:, :2])}")
+
+@command
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        return walk()
+    from examples import train_tokenizer  # not above, for it takes its clips from data.py, a later module
+    train_tokenizer.main(argv)
 
 if __name__ == "__main__":
-    main()
+    import tokenizer  # under its own name, so that its DataError is the one that data.py raises
+    tokenizer.main()

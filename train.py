@@ -30,19 +30,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
-from blocks import VARIANTS, compile_blocks
+from blocks import VARIANTS, compile_blocks, knob
 from data import HERE, PAST, ROBOT, DataError, action_statistics, open_clips, prepare_data, split_folders
 from sample import (MODELS, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
                     save_checkpoint, save_curve, save_gif, whole)
 from tokenizer import command, count_parameters, fingerprint, rank_and_world, write_whole
 
 # ---- the knobs of a run --------------------------------------------------------------------------
-
-
-def knob(default, help, **more):
-    """A field with its help. more: its choices, its lowest value `low`, and a bound that it stays `below`."""
-    return field(default=default, metadata={"help": help, **more})
-
 
 @dataclass
 class TrainConfig:
@@ -84,9 +78,7 @@ class TrainConfig:
     sample_every: int = knob(1000, "steps from one GIF to the next; 0: only at the end, -1: never", low=-1)
     options: dict = field(default_factory=dict)  # of the model, unlike its preset: {"n_layer": 8}
 
-
 # ---- the stream of clips and noise ---------------------------------------------------------------
-
 
 class Stream(Dataset):
     """The endless training stream. Item p is the p-th clip trained on, with everything random in its loss."""
@@ -107,7 +99,6 @@ class Stream(Dataset):
         generator = torch.Generator().manual_seed((self.seed << 40) + p)
         return clip["video"], clip["actions"], self.draw(generator)
 
-
 def positions(config, step, rank, world):
     """The positions of each micro-batch of one process, from `step` on and without end: [p, ...], ..."""
     share = config.batch // (world * config.accum)
@@ -116,7 +107,6 @@ def positions(config, step, rank, world):
             first = step * config.batch + (micro * world + rank) * share
             yield list(range(first, first + share))
         step += 1
-
 
 def micro_batches(stream, config, step, device):
     """Micro-batches of this process, on its device and without end: video, actions, draws."""
@@ -130,9 +120,7 @@ def micro_batches(stream, config, step, device):
         draws = {name: x.to(device, non_blocking=True) for name, x in draws.items()}
         yield video.to(device, non_blocking=True), actions.to(device, non_blocking=True), draws
 
-
 # ---- the run -------------------------------------------------------------------------------------
-
 
 def learning_rate(config, step):
     """Rate of the update from `step` to step + 1. Update number `steps`, which never comes, would have 0."""
@@ -142,7 +130,6 @@ def learning_rate(config, step):
     if config.decay == "linear":
         return config.lr * (1 - done)
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-
 
 def train(config):
     """A run, from its knobs to its last checkpoint. Unusable input raises DataError, in one sentence."""
@@ -258,20 +245,16 @@ def train(config):
         say(f"stopped after step {step}; the same command with --resume goes on from {file}")
     dist.destroy_process_group()
 
-
 def average(ema, model, decay):
     """ema <- decay * ema + (1 - decay) * weights. Buffers hold statistics of the data and never change."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
     torch._foreach_lerp_([ema[name] for name in weights], list(weights.values()), 1 - decay)
 
-
 def is_due(every, step, last):
     """every > 0: whenever so many steps are done, and after the last; 0: only after the last; -1: never."""
     return every > 0 and step % every == 0 or every >= 0 and last
 
-
 # ---- what was not given --------------------------------------------------------------------------
-
 
 def settle(config, say):
     """Fills in the preset, and what the preset decides. The first line printed says which preset, and why."""
@@ -307,13 +290,11 @@ def settle(config, say):
         config.checkpoint_activations = "products"
         say("no GPU: one clip at a time, holding no more than --checkpoint_activations products")
 
-
 def model_options(name):
     """{name: field} of a model's dataclass, without what the data or a knob of TrainConfig decides."""
     decided = {"T_p", "T_f", "H", "W", "temporal", "action_dim", "vocab_size", "channels", "levels"}
     decided.update(f.name for f in fields(TrainConfig))
     return {f.name: f for f in fields(MODELS[name].Config) if f.name not in decided}
-
 
 def check_flags(config):
     """Options that the model does not have, and numbers that make no sense, are refused before any work."""
@@ -327,7 +308,6 @@ def check_flags(config):
         below = f.metadata.get("below", math.inf)
         if None not in (value, low) and not low <= value < below:
             raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
-
 
 def model_config(config, clips):
     """The preset's sizes, with the options given and what the data decides."""
@@ -348,7 +328,6 @@ def model_config(config, clips):
         raise DataError(f"--width {sizes.width} with --n_head {sizes.n_head}: give a multiple of {parts}")
     return sizes
 
-
 def describe(config, sizes, folder, clips, tokenizer):
     """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
     meta = clips.meta
@@ -362,9 +341,7 @@ def describe(config, sizes, folder, clips, tokenizer):
     tokenizer = {**meta.get("tokenizer", {}), "path": tokenizer}
     return {"model_config": asdict(sizes), "data": data, "tokenizer": tokenizer}
 
-
 # ---- processes, devices, number types, signals ---------------------------------------------------
-
 
 def join_processes(backend):
     """Meets the processes that torchrun started. One that runs alone needs no port, for that may be taken."""
@@ -376,11 +353,9 @@ def join_processes(backend):
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
-
 def barrier():
     if dist.is_initialized():  # evaluate.py may run without
         dist.barrier()
-
 
 def device_of():
     """("cuda" or "cpu", this process's torch.device)"""
@@ -392,6 +367,12 @@ def device_of():
                         "train on the CPU with CUDA_VISIBLE_DEVICES=")
     return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
+def settle_dtype(config, saved, device):
+    """--dtype auto becomes what the run had before, or what rank 0 measures: other types, other losses."""
+    if config.dtype == "auto":
+        choice = [saved["config"]["dtype"] if saved else str(faster_dtype(device.type, device))]
+        dist.broadcast_object_list(choice, device=device)
+        config.dtype = choice[0].removeprefix("torch.")
 
 def settle_dtype(config, saved, device):
     """--dtype auto becomes what the run had before, or what rank 0 measures: other types, other losses."""
@@ -412,7 +393,6 @@ def faster_dtype(kind, device):
         seconds[dtype] = timer.timeit(3).mean
     return torch.bfloat16 if 1.3 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
 
-
 def distribute(model, config, device):
     """The model as it is trained: whole on every process (DDP), or with --shard in pieces (FSDP2)."""
     if config.compile:
@@ -428,9 +408,7 @@ def distribute(model, config, device):
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
 
 @contextlib.contextmanager
 def remembered_signals():
@@ -453,12 +431,102 @@ def remembered_signals():
         for s, handler in before.items():
             signal.signal(s, handler)
 
-
 def ignore_signals(_):
     """For processes that read clips: Ctrl-C reaches them, too, but when to stop is for the loop to say."""
     for s in STOPPING:
         signal.signal(s, signal.SIG_IGN)
 
+# ---- the folder of a run -------------------------------------------------------------------------
+
+def has_run(folder):
+    return any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "ckpt_previous.pt"))
+
+def open_run_folder(config, say):
+    """Makes OUT and returns its lock. An earlier run is kept under another name, so that nothing is lost."""
+    if rank_and_world()[0] > 0:
+        return contextlib.nullcontext()
+    if config.resume and not has_run(config.out):
+        raise DataError(f"there is no {config.out}/ckpt.pt to resume: leave --resume out, or change --out")
+    lock = hold(config.out)
+    if has_run(config.out) and not config.resume:
+        n = 1
+        while os.path.exists(f"{config.out}.{n}"):
+            n += 1
+        os.rename(config.out, f"{config.out}.{n}")
+        say(f"{config.out} already held a run; it is now {config.out}.{n}")
+        lock = hold(config.out)
+    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
+    return lock
+
+def hold(folder):
+    """Locks FOLDER/lock, which says who holds it, until the file returned is closed. The lock vanishes with
+    the process, however that ends, and processes that read clips do not inherit it."""
+    os.makedirs(folder, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return contextlib.nullcontext()
+    file = open(os.path.join(folder, "lock"), "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise DataError(f"{folder} is in use by {file.read()}: stop that, or give another --out") from None
+    file.truncate(0)
+    print("process", os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
+    return file
+
+def check_resumed(config, saved, about, say):
+    """Refuses other data than before, but not another path to it. A run may become longer."""
+    then, now, step, steps = saved["data"], about["data"], saved["step"], saved["config"]["steps"]
+    if any(then.get(key, now[key]) != now[key] for key in ("clips", "sha256")):
+        raise DataError(f"the checkpoint in {config.out} is of another run, on {then['path']}, whose clips "
+                        f"are not those of {now['path']}: give the same --data, or another --out")
+    if config.steps < steps:
+        raise DataError(f"--steps {config.steps}: the run in {config.out} has {steps}; give as many or more")
+    if 0 < config.stop_after <= step:
+        raise DataError(f"--stop_after {config.stop_after}: the run in {config.out} is at {step} already")
+    say(f"resuming {config.out}/ckpt.pt at step {step}")
+    if config.steps > steps:
+        say(f"prolonged from {steps} to {config.steps} steps: the {config.decay} schedule is now over all of "
+            f"them, and the rate goes on at {learning_rate(config, step):.3g}")
+
+class Log:
+    """OUT/log.jsonl, by rank 0, and the progress bar. A line tells of the steps since the line before it."""
+
+    def __init__(self, config, step, flops, kind):
+        self.file, self.batch = f"{config.out}/log.jsonl", config.batch
+        self.flops, self.kind = flops, kind  # operations per clip, and "cuda" or "cpu"
+        self.is_writer = rank_and_world()[0] == 0
+        self.bar = tqdm(total=config.steps, initial=step, desc="training", disable=not self.is_writer)
+        self.step, self.start = step, time.perf_counter()
+        if self.is_writer and os.path.exists(self.file):  # steps after the checkpoint will be logged again
+            with open(self.file) as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_whole(self.file, lambda name: open(name, "w").writelines(kept))
+
+    def write(self, step, **measured):
+        now = time.perf_counter()
+        rate = (step - self.step) * self.batch / (now - self.start)
+        self.step, self.start = step, now
+        line = {"step": step, **measured, "samples_per_s": rate, "tflops": self.flops * rate / 1e12,
+                "peak_gb": peak_gb(self.kind)}
+        line = {name: round(x, 6) for name, x in line.items() if not math.isnan(x)}
+        if self.is_writer:
+            with open(self.file, "a") as f:
+                print(json.dumps(line), file=f)
+            self.bar.set_postfix(loss=f"{measured['loss']:.4f}", per_s=f"{rate:.1f}")
+
+def peak_gb(kind):
+    """The most memory that was held, on the GPU or by this process; nan where that is not known."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 # ---- the folder of a run -------------------------------------------------------------------------
 
@@ -568,14 +636,12 @@ def count_flops(f):
         f()
     return counter.get_total_flops()
 
-
 def refuse(config, step, loss, norm, stream):
     """Ends a run whose loss is not finite. No checkpoint is written, so that the last good one stays."""
     first = step * config.batch
     names = [stream.clips.where(stream.clip_index(p)) for p in range(first, first + min(config.batch, 4))]
     raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; {config.out}/ckpt.pt is as it was. "
                     f"The batch began with {', '.join(names)}: look at these clips, or lower --lr")
-
 
 def show(config, about, sizes, ema, folder, step, device):
     """OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four validation clips."""
@@ -593,9 +659,7 @@ def show(config, about, sizes, ema, folder, step, device):
         save_curve(config.out)
     barrier()
 
-
 # ---- the command line ----------------------------------------------------------------------------
-
 
 def parse(argv=None):
     """The command line -> TrainConfig. Its knobs are flags, and so are the options of both models."""
@@ -619,14 +683,12 @@ def parse(argv=None):
     own = {f.name: given.pop(f.name) for f in knobs if f.name in given}
     return TrainConfig(**own, options=given)
 
-
 @command
 def main(argv=None):
     try:
         train(parse(argv))
     except torch._dynamo.exc.BackendCompilerFailed as e:
         raise DataError(f"--compile cannot be used here ({str(e).splitlines()[0]}): leave it out") from None
-
 
 if __name__ == "__main__":
     main()

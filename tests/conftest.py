@@ -17,10 +17,11 @@ def toy(tmp_path_factory):
     encoded with them, in dv/ and cv/."""
     import data
     import tokenizer
+    from examples import robot
 
     root = tmp_path_factory.mktemp("toy")
     for split, seed, frames in (("train", 1, 204), ("val", 2, 85)):
-        video, states = data.robot_episode(seed, frames, 32)
+        video, states = robot.robot_episode(seed, frames, 32)
         folder = f"{root}/raw/{split}_v2.0"
         data.save_shard(folder, 0, ".npy", video, states, [0] * frames)
         data.save(f"{folder}/metadata.json", {"num_shards": 1, "query": None, "hz": 10, "num_images": frames})
@@ -28,6 +29,6 @@ def toy(tmp_path_factory):
     for name, levels in (("dv", (4, 4, 4)), ("cv", ())):
         config = tokenizer.TokenizerConfig(channels=8, channels_mult=(1, 1, 1), num_res_blocks=1, z_channels=4,
                                            latent_channels=4, spatial_compression=8, levels=levels)
-        tokenizer.save(tokenizer.Tokenizer(config), f"{root}/{name}.pt")
+        tokenizer.save_tokenizer(tokenizer.Tokenizer(config), f"{root}/{name}.pt")
         data.encode(f"{root}/raw", f"{root}/{name}.pt", f"{root}/{name}", device="cpu", progress=False)
     return root

@@ -1,12 +1,16 @@
 """data.py: what a clip is, that video and actions stay aligned, and that broken input ends in a sentence."""
+import functools
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 
@@ -15,6 +19,7 @@ import pytest
 import torch
 
 import data
+from examples import robot
 
 MAIN = os.path.dirname(os.path.abspath(data.__file__))
 FIXTURES = os.path.join(MAIN, "..", "shared", "fixtures")
@@ -38,7 +43,7 @@ def raw_split(folder, segments=((0, 60), (1, 45)), shards=(50, 55), A=25, size=1
         video = np.stack([frame(k, size) for k in range(start, start + length)])
         data.save_shard(folder, i, ".npy", video, states[own], ids[own])
         start += length
-    meta = {"num_shards": len(shards), "query": None, "hz": 30, "num_images": n, **meta}
+    meta = {"num_shards": len(shards), "query": None, "hz": 30, "num_images": n, "segment_ids": "global", **meta}
     data.save(f"{folder}/metadata.json", meta)
     if flat:
         for sub in ("videos", "robot_states", "segment_indices", "metadata"):
@@ -99,7 +104,7 @@ def test_token_clips_lie_in_one_segment(tmp_path):
     assert clips.kind == "discrete" and clips.shape == (3, 32, 32) and clips.vocab_size == 64_000
     assert [int(c["video"][0, 0, 0]) for c in clips] == [0, 2, 1000]
     assert [int(c["actions"][0, 0]) for c in clips] == [0, 34, 53]
-    assert clips.dropped == {"clips over a segment border": 2, "padded last clips": 2}
+    assert data.info(tmp_path)["dropped"] == {"clips over a segment border": 2, "frames in no clip": 42}
     assert clips.where(2) == "shard 1, frames 0..16"
     assert clips.more_actions(1, 99)[:, 0].tolist() == list(range(51, 74))
 
@@ -139,6 +144,137 @@ def test_shared_mp4():
         a = i if i < 24 else i + 16
         assert (clips[i]["video"].numpy() == frames[a:a + 17]).all()
     assert data.open_clips(f"{FIXTURES}/raw_mp4", "val", size=64)[0]["video"].shape == (17, 64, 64, 3)
+
+
+# ---- mp4 as a player shows it
+
+def mp4_split(folder, frames, **options):
+    """A raw split of one mp4."""
+    raw_split(folder, ((0, len(frames)),), (len(frames),))
+    os.remove(f"{folder}/videos/video_0.npy")
+    write_mp4(f"{folder}/videos/video_0.mp4", frames, **options)
+    return f"{folder}/videos/video_0.mp4"
+
+
+def patch_box(file, name, offset, form, *values):
+    """Overwrites numbers in the first box of this name of an mp4."""
+    content = bytearray(open(file, "rb").read())
+    struct.pack_into(form, content, content.find(name) + 4 + offset, *values)
+    open(file, "wb").write(content)
+
+
+def number(frames):
+    return (frames[:, 4::8, 32, :].mean(-1) > 115) @ (2 ** np.arange(8))
+
+
+def test_mp4_in_a_process_forked_after_a_read(tmp_path):
+    """Closing a decoder that came by the fork waits for threads that did not come along."""
+    mp4_split(tmp_path / "train_v2.0", numbered(90))
+    code = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {MAIN!r})
+        import data, multiprocessing, torch
+        clips = data.open_clips({str(tmp_path)!r})
+        first = clips[1]["video"]
+        multiprocessing.set_start_method("fork")
+        for i, clip in enumerate(torch.utils.data.DataLoader(clips, num_workers=2)):
+            assert i != 1 or torch.equal(clip["video"][0], first)
+        print(i, len(data.Mp4.last))""")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert out.stdout == "4 1\n", out.stderr[-500:]
+
+
+def test_mp4_trimmed_by_an_edit_list(tmp_path):
+    """The first five frames are cut away, keyframe 0 among them: what remains is read, from its first frame on."""
+    write_mp4(tmp_path / "a.mp4", numbered(90), g="12", bf="2")
+    ticks = 512                                                          # of a frame, in the track's time
+    patch_box(tmp_path / "a.mp4", b"elst", 12, ">i", (2 + 5) * ticks)    # B-frames begin two frames late
+    video = data.Mp4(str(tmp_path / "a.mp4"), 85)
+    for index in (np.arange(3), np.arange(3, 20), np.array([2]), np.arange(0, 85, 7)):
+        assert (number(video[index]) == index + 5).all()
+
+
+def test_mp4_with_tags_in_another_encoding(tmp_path):
+    file = mp4_split(tmp_path / "train_v2.0", numbered(20))
+    content = open(file, "rb").read()
+    assert b"Lavf" in content
+    open(file, "wb").write(content.replace(b"Lavf", b"L\xe4vf"))
+    assert data.info(tmp_path)["clips"] == 1
+
+
+@pytest.mark.parametrize("degrees, matrix, corner", [(0, None, (0, 0)), (90, (0, 1, -1, 0), (0, -1)),
+                                                     (180, (-1, 0, 0, -1), (-1, -1)), (270, (0, -1, 1, 0), (-1, 0))])
+def test_mp4_is_turned_as_its_header_says(tmp_path, degrees, matrix, corner):
+    """A red patch in the upper left corner goes clockwise."""
+    frames = np.full((20, 64, 64, 3), 128, np.uint8)
+    frames[:, :16, :16] = (255, 0, 0)
+    file = mp4_split(tmp_path / "train_v2.0", frames)
+    if matrix:
+        a, b, c, d = (65536 * x for x in matrix)
+        patch_box(file, b"tkhd", 40, ">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    video = data.open_clips(tmp_path)[0]["video"].int()
+    red = [(y, x) for y in (0, -1) for x in (0, -1) if video[0, y, x, 0] > 200 > 100 > video[0, y, x, 1]]
+    assert red == [corner]
+
+
+@pytest.mark.parametrize("bf", ["0", "3"])
+def test_mp4_with_a_damaged_packet_is_never_read_wrongly(tmp_path, bf):
+    """Six bits of one packet: every clip is what it was, or a sentence that names file and frames, unless the
+    decoder notices nothing at all."""
+    av = pytest.importorskip("av")
+    base = np.random.default_rng(1).integers(0, 255, (8, 25, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    file = mp4_split(tmp_path / "train_v2.0", [base[:, k:k + 64] for k in range(85)], g="12", bf=bf)
+    good, whole = [c["video"].int() for c in data.open_clips(tmp_path)], open(file, "rb").read()
+    with av.open(file) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    refused, noticed = 0, 0
+    for seed in range(12):
+        content, rng = bytearray(whole), np.random.default_rng(seed)
+        at, size = packets[20 + seed]
+        for j in rng.integers(12, size, 6):
+            content[at + j] ^= 1 << int(rng.integers(8))
+        open(file, "wb").write(content)
+        try:
+            with av.open(file) as container:
+                if not any(frame.is_corrupt for frame in container.decode(video=0)):
+                    continue
+        except av.error.InvalidDataError:
+            pass
+        noticed += 1
+        clips = data.open_clips(tmp_path)
+        for i in range(len(clips)):
+            try:
+                assert (clips[i]["video"].int() - good[i]).abs().float().mean((1, 2, 3)).max() < 3
+            except data.DataError as e:
+                refused += 1
+                assert f"video_0.mp4 does not decode at frames {17 * i}.." in str(e)
+    assert refused >= noticed >= 8
+
+
+# ---- whose recording a frame is of
+
+def episodes_as_shards(folder, n=4, **meta):
+    """A recording a shard; their segment ids begin with 0 in every file."""
+    for k in range(n):
+        data.save_shard(folder, k, ".npy", np.full((40, 16, 16, 3), 50 * k, np.uint8), np.full((40, 25), k), np.zeros(40))
+    data.save(f"{folder}/metadata.json", {"num_shards": n, "hz": 10, "num_images": 40 * n, **meta})
+    return data.open_clips(folder)
+
+
+def test_segment_ids_that_begin_anew_in_every_shard(tmp_path, capsys):
+    clips = episodes_as_shards(tmp_path / "train_v2.0")
+    assert len(clips) == 8 and all(len(c["actions"].unique()) == 1 for c in clips)
+    data.main(["info", str(tmp_path)])
+    assert "segment ids begin anew in every shard" in capsys.readouterr().out
+    assert len(episodes_as_shards(tmp_path / "train_v2.0", segment_ids="per shard")) == 8
+    assert len(episodes_as_shards(tmp_path / "train_v2.0", segment_ids="global")) == 9    # one recording of 160
+    data.main(["info", str(tmp_path)])
+    assert "anew" not in capsys.readouterr().out
+
+
+def test_shard_ind_may_be_missing(tmp_path):
+    folder = raw_split(tmp_path / "train_v2.0")
+    set_key("metadata/metadata_1.json", "shard_ind", KeyError)(folder)
+    assert len(data.open_clips(tmp_path)) == 5
 
 
 # ---- pixels: RGB stays RGB (TRAPS 20), the range, the resize
@@ -231,10 +367,9 @@ def test_statistics_are_those_of_usable_segments(tmp_path):
     assert np.allclose(stats["mean"][usual], used.mean(0)[usual], rtol=1e-5, atol=1e-6)
     assert np.allclose(stats["std"][usual], used.std(0)[usual], rtol=1e-5)
     actions = clips[0]["actions"]
-    z = data.normalise(actions, stats)
+    z = (actions - stats["mean"]) / stats["std"]
     assert (z[:, 3] == 0).all() and z[:, 5].abs().max() < 1e-2           # constant dimensions
     assert torch.equal(z[:, 21:23], actions[:, 21:23])                   # hand closures
-    assert torch.allclose(data.denormalise(z, stats), actions, atol=1e-4)
 
 
 def test_own_robot(tmp_path):
@@ -250,7 +385,7 @@ def test_own_robot(tmp_path):
 # ---- the built-in robot
 
 def test_synth_is_the_same_for_a_seed_and_resumes(tmp_path):
-    arguments = dict(frames=400, size=16, episode=40, progress=False, workers=2)
+    arguments = dict(frames=400, size=16, episode=40, progress=False)
     a = data.synth(str(tmp_path / "a"), **arguments, splits=("train",))
     whole = tree(a)
     shutil.copytree(a, tmp_path / "b")
@@ -264,18 +399,92 @@ def test_synth_is_the_same_for_a_seed_and_resumes(tmp_path):
     with pytest.raises(data.DataError, match="seed = 0, not 1"):
         data.synth(str(tmp_path / "b"), **{**arguments, "seed": 1}, splits=("train",))
     clips = data.open_clips(a)
-    assert clips.kind == "raw" and clips.hz == data.HZ and clips.names == data.JOINTS
+    assert clips.kind == "raw" and clips.hz == robot.HZ and clips.names == data.JOINTS
     assert len(clips) == 10 * 2 and clips.meta["robot"] == "built-in"
     data.synth(str(tmp_path / "c"), **arguments, splits=("val",))
     val = data.open_clips(tmp_path / "c", "val")
     assert val.meta["num_images"] == 1700 and not np.array_equal(clips[0]["video"], val[0]["video"])
 
 
+def a_shard(i, n=17):
+    if i == 3:
+        raise data.DataError("shard 3: cannot be drawn")
+    return np.full((n, 16, 16, 3), i, np.uint8), np.full((n, 25), i), np.full(n, i)
+
+
+def split_of(folder, n, **options):
+    meta = {"num_shards": n, "hz": 10, "num_images": 17 * n}
+    data.make_split(str(folder), {"n": n}, [(i, 17) for i in range(n)], a_shard, meta,
+                    lambda i: (17 * 16 * 16 * 3, 17 * 100), progress=False, **options)
+    return [int(clip["actions"][0, 0]) for clip in data.open_clips(folder)]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_shards_are_made_by_processes(tmp_path, monkeypatch, method):
+    """Also where there is no fork; what fails in a process is the caller's error."""
+    monkeypatch.setattr(multiprocessing, "get_context", functools.partial(multiprocessing.get_context, method))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert split_of(tmp_path / "train", 2) == [0, 1]
+    if method == "fork":
+        with pytest.raises(data.DataError, match="shard 3"):
+            split_of(tmp_path / "other", 4)
+        assert not (tmp_path / "other/metadata.json").exists()
+
+
+def test_shards_are_divided_among_ranks(tmp_path):
+    """Rank 1 of 2 makes shard 1 alone; rank 0 finds it whole, makes the rest, and writes metadata.json."""
+    job = threading.Thread(target=split_of, args=(tmp_path / "train", 3), kwargs={"share": (1, 2)})
+    job.start()
+    while not (tmp_path / "train/metadata/metadata_1.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert os.listdir(tmp_path / "train/metadata") == ["metadata_1.json"]
+    assert split_of(tmp_path / "train", 3, share=(0, 2)) == [0, 1, 2]
+    job.join(5)
+    assert not job.is_alive()
+
+
+def test_processes_end_with_their_parent(tmp_path):
+    code = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {MAIN!r})
+        import os, time, data
+        def slow(i):
+            print(os.getpid(), flush=True)
+            time.sleep(0.5)
+            return data.np.zeros((17, 16, 16, 3), data.np.uint8), data.np.zeros((17, 25)), data.np.zeros(17)
+        os.cpu_count = lambda: 2
+        if __name__ == "__main__":
+            data.make_split({str(tmp_path / 'train')!r}, {{}}, [(i, 1) for i in range(99)], slow, {{}}, lambda i: (1, 1))""")
+    (tmp_path / "script.py").write_text(code)
+    job = subprocess.Popen([sys.executable, tmp_path / "script.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    children = {int(job.stdout.readline()) for _ in range(2)}
+    job.kill()
+    job.stdout.read()                                                    # ends when no process holds the pipe
+    assert len(children) == 2
+
+
+def test_prepare_data_draws_and_encodes_once(tmp_path, fake, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "synth", functools.partial(robot.synth, size=16))
+    for kind in ("discrete", "continuous"):
+        monkeypatch.setitem(data.SHIPPED_TOKENIZERS, kind, str(fake / kind))
+        said = []
+        folder, tokenizer = data.prepare_data(kind, robot_frames=340, say=said.append)
+        assert (folder, tokenizer) == (f"data/robot_{kind}", str(fake / kind)) and len(said) == 1
+        clips = data.open_clips(folder)
+        assert clips.kind == kind and clips.meta["windows"] and clips.meta["stride"] == 4
+        assert data.prepare_data(kind, data=folder, tokenizer=str(fake / kind)) == (folder, str(fake / kind))
+    for options, message in ((dict(data="data/robot"), "--encode"), (dict(tokenizer="nothing.pt"), "nothing.pt"),
+                             (dict(data="data/robot_continuous"), "continuous latents"),
+                             (dict(data="data/robot_discrete", tokenizer=str(fake / "continuous")), "not encoded with")):
+        with pytest.raises(data.DataError, match=message):
+            data.prepare_data("discrete", **options)
+
+
 # ---- encode
 
 FAKE_TOKENIZER = """
 import os, time, torch
-class TokenizerError(ValueError): pass
 class Fake:
     spatial, temporal = 8, 8
     def __init__(self, path):
@@ -286,6 +495,7 @@ class Fake:
         x = video[:, :, ::8, ::8, ::8]
         return ((x[:, 0] + 1) * 127.5).round().long() if self.kind == "discrete" else x[:, :2]
 def load_tokenizer(path, device="cpu", dtype=torch.float32):
+    torch.empty(0, device=device)
     return Fake(path)
 """
 
@@ -298,14 +508,14 @@ def tree(folder):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A module in tokenizer.py's place, for this process and for subprocesses, and files of its two kinds."""
+    """A function in load_tokenizer's place, for this process and for subprocesses, and files of its two kinds."""
     os.makedirs(tmp_path / "fake")
-    (tmp_path / "fake/tokenizer.py").write_text(FAKE_TOKENIZER)
+    (tmp_path / "fake/fake_tokenizer.py").write_text(FAKE_TOKENIZER)
     for kind in ("discrete", "continuous"):
         (tmp_path / f"fake/{kind}").write_text(kind)
-    module = types.ModuleType("tokenizer")
-    exec(FAKE_TOKENIZER, module.__dict__)
-    monkeypatch.setitem(sys.modules, "tokenizer", module)
+    names = {}
+    exec(FAKE_TOKENIZER, names)
+    monkeypatch.setattr(data, "load_tokenizer", names["load_tokenizer"])
     return tmp_path / "fake"
 
 
@@ -339,7 +549,7 @@ def test_cache_reads_like_a_data_folder(tmp_path, fake, monkeypatch, kind, strid
 def encode_process(fake, raw, out, rank=0, world=1, slow=0.0):
     code = textwrap.dedent(f"""
         import sys; sys.path[:0] = [{str(fake)!r}, {MAIN!r}]
-        import data; data.CLIPS_PER_SHARD = 4
+        import data, fake_tokenizer; data.CLIPS_PER_SHARD = 4; data.load_tokenizer = fake_tokenizer.load_tokenizer
         data.main(["encode", "--data", {str(raw)!r}, "--tokenizer", {str(fake / 'discrete')!r},
                    "--out", {str(out)!r}, "--stride", "2", "--batch", "2"])""")
     env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "SLOW": str(slow)}
@@ -569,6 +779,14 @@ def test_split_is_never_taken_for_the_other(tmp_path):
         assert data.open_clips(path, "val").path == str(val)
 
 
+def test_only_val_is_the_validation_split(tmp_path):
+    """Not a robot called Valkyrie; and a link is what it points to."""
+    for name, split in (("valkyrie", "train"), ("val", "val"), ("val_v2.0", "val"), ("val-b", "val"), ("robonaut", "train")):
+        raw_split(tmp_path / name)
+        os.symlink(tmp_path / name, tmp_path / f"{name}_link")
+        assert [*data.split_folders(tmp_path / name)] == [*data.split_folders(tmp_path / f"{name}_link")] == [split]
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(frames=16), "9 or 17"), (dict(frames=18), "17 or 25"), (dict(frames=0), "frames is 0"),
     (dict(size=20), "16 or 24"), (dict(size=-8), "size is -8"), (dict(stride=-3), "stride is -3"),
@@ -591,8 +809,14 @@ def test_a_shard_that_breaks_later_is_named(tmp_path):
     clips = data.open_clips(tmp_path)
     cut("videos/video_1.bin", 5000)(folder)
     clips[0]
-    with pytest.raises(data.DataError, match="video_1.bin has"):
+    with pytest.raises(data.DataError, match="video_1.bin cannot be read .* reshape"):
         clips[2]
+
+
+def test_walk_prints_a_clip(capsys):
+    data.main([])
+    out = capsys.readouterr().out
+    assert "(17, 64, 64, 3)" in out and out.count("past") == 9 and out.count("future") == 8
 
 
 def test_help_shows_an_example(capsys):

@@ -63,14 +63,14 @@ def rope_angles(n, d, theta=10_000.0):
 def standardise(actions, train):
     low, high, mean, std = data.moments([train.numpy()])
     std[data.is_constant(low, high)] = 1
-    return data.normalise(actions, {"mean": torch.from_numpy(mean).float(), "std": torch.from_numpy(std).float()})
+    return (actions - torch.from_numpy(mean).float()) / torch.from_numpy(std).float()
 
 
 def clip_starts(segments, length):
-    clips = SimpleNamespace(kind="discrete", frames=length, frame_stride=1, shards=[SimpleNamespace(start=0, frames=len(segments))],
+    clips = SimpleNamespace(kind="discrete", frames=length, frame_stride=1, bounds=[0, len(segments)],
                             edges=np.concatenate([[0], np.flatnonzero(np.diff(segments)) + 1, [len(segments)]]))
     clips.segment = functools.partial(data.Clips.segment, clips)
-    data.Clips._lay_windows(clips, None)
+    data.Clips._find_clips(clips, length)
     return clips.starts
 
 

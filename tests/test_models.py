@@ -4,7 +4,7 @@ import math
 import os
 import runpy
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import blocks
 import flow_hwm
 import masked_hwm
-from blocks import VARIANTS, FlowBlock, Layout, MaskedBlock
+from blocks import VARIANTS, FlowBlock, Layout, MaskedBlock, compile_blocks
 from flow_hwm import FlowConfig, FlowHWM, integrate, interpolate, target_velocity
-from masked_hwm import LinearCrossEntropy, MaskedConfig, MaskedHWM, draw_ids, n_fixed, probabilities
-from sample import compile_blocks
+from masked_hwm import LinearCrossEntropy, MaskedConfig, MaskedHWM, choose_ids, draw_ids, n_fixed, probabilities
+from tokenizer import DataError
 from train import count_flops
 
 JOINT = ("base", "modality", "full")
@@ -69,7 +69,8 @@ def rope_of(family, positions, layout=LAYOUT):
     if family == "flow":
         return blocks.rope_table(positions, blocks.axis_dims(D // 2))
     d = D // 2
-    return blocks.Rope(blocks.rope_table(positions[: layout.S, 1:], (d // 2, d // 2)), blocks.rope_table(positions[:, :1], (d,)))
+    space = blocks.rope_table(positions[: layout.S, 1:], (d // 2, d // 2))
+    return space, blocks.rope_table(positions[:, :1], (d,))
 
 
 def run_block(family, block, x, layout=LAYOUT, positions=None):
@@ -127,7 +128,7 @@ def test_loss_of_a_known_velocity_by_time(monkeypatch):
     X_0 = torch.randn(1, 3, 1, 4, 6, generator=generator()).expand(4, -1, -1, -1, -1)
     losses = []
     for i in range(4):
-        draws = {"t": t[i : i + 1], "X_0": X_0[i : i + 1], "keep": torch.tensor([True])}
+        draws = {"t": t[i : i + 1], "X_0": X_0[i : i + 1], "kept": torch.tensor([True])}
         losses.append(model(torch.zeros(1, 3, 3, 4, 6), torch.zeros(1, 17, A), draws)[0])
     # X_t - V_t = (1 - 0.9 t) X_0 + 0.9 X_0
     close(torch.stack(losses), (1.9 - 0.9 * t) ** 2 * X_0[0].square().mean())
@@ -213,7 +214,7 @@ def test_loss_leaves_its_inputs(family, variant):
     model = toy_model(family, variant)
     draws = toy_draws(model)
     if family == "flow":
-        draws["keep"] = torch.tensor([False, True])
+        draws["kept"] = torch.tensor([False, True])
     unchanged(model, *toy_clips(family), draws)
 
 
@@ -279,7 +280,7 @@ def test_digits_are_those_of_fsq():
     digit differ by one vector only."""
     from tokenizer import FSQ
     levels = (4, 3, 5)
-    table, ids = shake(masked_hwm.DigitTable(levels, D)), torch.arange(60)
+    table, ids = shake(blocks.DigitTable(levels, D)), torch.arange(60)
     codes = FSQ(levels).ids_to_codes(ids.view(60, 1, 1, 1))[:, :, 0, 0, 0]  # (60, 3) in [-1, 1]
     digits = (codes * torch.tensor(levels).div(2, rounding_mode="floor") + torch.tensor(levels).div(2, rounding_mode="floor")).round().long()
     ones = torch.cat([F.one_hot(d, n) for d, n in zip(digits.unbind(1), levels)], dim=1)
@@ -409,11 +410,18 @@ def test_a_stream_at_another_time_changes_the_future(family, variant, moved):
 @pytest.mark.parametrize("T_f", [1, 3])
 def test_models_take_their_rope_from_the_positions(family, T_f):
     """For the patched size, and for as many future latents as there are."""
-    model = toy_model(family)
+    model, (video, actions), seen = toy_model(family), toy_clips(family, T=2 + T_f), []
     layout = model.layout._replace(T_f=T_f)
-    assert (layout.H, layout.W) == (2, 3)
-    got, want = model.rope(layout, torch.device("cpu")), rope_of(family, layout.positions(), layout)
-    torch.testing.assert_close(got, want)
+    assert (layout.H, layout.W) == (2, 3) and layout == model.layout.for_actions(actions.shape[1])
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[-2:]))
+    past = video.narrow(video.ndim - 3, 0, 2)
+    model.sample(past, actions, generator=generator(), **(dict(K=1) if family == "masked" else dict(steps=1)))
+    want = rope_of(family, layout.positions(), layout)
+    assert len(seen) >= 3
+    for got_layout, got in seen:
+        assert got_layout == layout
+        torch.testing.assert_close(got, want)
 
 
 # ---- TRAPS 9: temperature
@@ -423,12 +431,29 @@ def test_temperature_by_hand():
     logits = torch.tensor([[0.0, math.log(3)]])
     close(probabilities(logits, 1.0), torch.tensor([[0.25, 0.75]]))
     close(probabilities(logits, 0.5), torch.tensor([[0.1, 0.9]]))
-    assert probabilities(logits, 0).tolist() == [[0, 1]]
-    logits = torch.randn(50, 20, generator=generator())
-    entropy = [-(p * p.clamp(min=1e-30).log()).sum(-1) for p in (probabilities(logits, T) for T in (0, 0.01, 0.5, 1, 2))]
+    assert choose_ids(logits, 0).tolist() == [1]
+    logits = torch.randn(150, 20, generator=generator())
+    entropy = []
+    for T in (0.001, 0.01, 0.5, 1, 2):
+        p = probabilities(logits, T)
+        entropy.append(-(p * p.clamp(min=1e-30).log()).sum(-1))
     assert all((a < b + 1e-6).all() for a, b in zip(entropy, entropy[1:])) and (entropy[2] < entropy[3] - 0.1).all()
-    close(probabilities(logits, 1e-4), probabilities(logits, 0))
-    assert torch.equal(probabilities(logits, 0).argmax(-1), logits.argmax(-1))
+
+
+def test_temperature_zero_is_the_limit_of_low_temperatures():
+    """The fast path asks for no random number, and draws what a temperature just above zero draws."""
+    logits = torch.randn(150, 20, generator=generator())
+    assert torch.equal(choose_ids(logits, 0), logits.argmax(-1))
+    assert torch.equal(choose_ids(logits, 1e-4, generator()), logits.argmax(-1))
+    g = generator()
+    choose_ids(logits, 0, g)
+    assert torch.equal(torch.rand(3, generator=g), torch.rand(3, generator=generator()))
+
+
+def test_ids_are_chosen_in_rows_as_in_one_table():
+    logits = torch.randn(150, 20, generator=generator())  # more rows than are taken at a time
+    together = draw_ids(probabilities(logits, 0.7), generator(1))
+    assert torch.equal(choose_ids(logits, 0.7, generator(1)), together)
 
 
 def test_draws_follow_the_distribution():
@@ -581,6 +606,34 @@ def test_layers_left_unshared():
     assert blocks.layer_variants("split", 5) == ["split"] * 5 and blocks.layer_variants("base", 5) == ["base"] * 5
 
 
+# ---- configurations: wrong options end in a sentence
+
+
+WRONG = [("masked", dict(width=40, n_head=4), "4 heads cannot share a width of 40"), ("masked", dict(rho_max=1.5), "rho_max"),
+         ("masked", dict(rho_max=-0.1), "rho_max"), ("masked", dict(share_digits=True, levels=(4, 4)), "levels"),
+         ("flow", dict(width=25), "heads"), ("flow", dict(time_width=7), "time_width"), ("flow", dict(patch=3), "patch"),
+         ("flow", dict(p_drop=1.0), "p_drop"), ("flow", dict(p_drop=-0.1), "p_drop"), ("flow", dict(p_drop=math.nan), "p_drop"),
+         ("flow", dict(t_sampling="normal"), "t_sampling.*uniform or logit-normal"), ("flow", dict(drop="none"), "drop"),
+         *[(family, wrong, "|".join(wrong)) for family in FAMILIES for wrong in (
+             dict(variant="joint"), dict(n_layer=0), dict(n_head=-2), dict(T_f=0), dict(checkpoint_activations="all"))]]
+
+
+@pytest.mark.parametrize("family, wrong, sentence", WRONG)
+def test_wrong_options_end_in_a_sentence(family, wrong, sentence):
+    with pytest.raises(DataError, match=sentence):
+        toy_model(family, **wrong)
+
+
+@both
+def test_every_option_says_what_it_is(family):
+    """train.py makes a flag of each field: its help text, and its choices where the values are words."""
+    module = masked_hwm if family == "masked" else flow_hwm
+    for f in fields(module.Config):
+        assert f.metadata["help"] and isinstance(f.default, f.type)
+        if f.type is str:
+            assert f.default == "" or f.default in f.metadata["choices"]
+
+
 # ---- TRAPS 19: initialisation
 
 
@@ -635,9 +688,47 @@ def test_temporal_attention_equals_copying_the_actions_to_every_place():
         y = F.scaled_dot_product_attention(*(torch.cat([x[:, :, at], a], 2) for x, a in ((q, q_a), (k, k_a), (v, v_a))))
         video[:, :, at] = y[:, :, :T]
         action += y[:, :, T:] / S
-    close(blocks.temporal_attention(q, k, v, S, k_a, v_a), video)
-    close(blocks.temporal_attention(q[:, :, 2 * S :], k, v, S, k_a, v_a), video[:, :, 2 * S :])
-    close(blocks.action_attention(q_a, k, v, S, k_a, v_a), action)
+    close(blocks.temporal_attention(q, k, v, k_a, v_a, S), video)
+    close(blocks.temporal_attention(q[:, :, 2 * S :], k, v, k_a, v_a, S), video[:, :, 2 * S :])
+    close(blocks.action_attention(q_a, k, v, k_a, v_a, S), action)
+
+
+def test_action_attention_with_scores_that_exp_cannot_take():
+    """Scores of several hundred: the logsumexp of the actions overflows nothing."""
+    T, S, N_a, d, g = 2, 3, 4, 8, generator()
+    q_a, k, v, k_a, v_a = (torch.randn(1, 1, n, d, generator=g) for n in (N_a, T * S, T * S, N_a, N_a))
+    for scale_v, scale_a in ((400, 1), (1, 400), (400, 400)):
+        expected = 0
+        for s in range(S):
+            keys, values = torch.cat([scale_v * k[:, :, s::S], scale_a * k_a], 2), torch.cat([v[:, :, s::S], v_a], 2)
+            expected = expected + (q_a @ keys.mT / d**0.5).softmax(-1) @ values / S
+        close(blocks.action_attention(q_a, scale_v * k, v, scale_a * k_a, v_a, S), expected, 1e-4)
+
+
+def test_attention_within_frames_and_within_positions_by_the_plain_loop():
+    """The split variant's spatial and temporal attention fold frames, or positions, into the batch."""
+    block, layout = toy_block("masked", "split"), LAYOUT._replace(T_f=2)
+    space, time = rope_of("masked", layout.positions(), layout)
+    S, T = layout.S, layout.T
+    video = torch.randn(2, T * S, D, generator=generator())
+    in_space, in_time = video.clone(), video.clone()
+    for t in range(T):
+        at = slice(t * S, (t + 1) * S)
+        in_space[:, at] += block.spatial(block.norm_s(video[:, at]), space)
+    for s in range(S):
+        at = slice(s, T * S, S)
+        in_time[:, at] += block.temporal(block.norm_t(video[:, at]), time[:, at])
+    close(block.attend_in_space(video, S, space), in_space)
+    close(block.attend_in_time(video, S, time[:, : T * S]), in_time)
+
+
+@pytest.mark.parametrize("sharing", ["base", "modality", "full"])
+def test_per_set_by_hand(sharing):
+    """Stream i of four, of length i, holds ones: set j multiplies them by j + 1."""
+    x, sets = torch.ones(1, 6, 2), blocks.SHARING[sharing]
+    functions = [lambda tokens, j=j: tokens * (j + 1) for j in range(max(sets) + 1)]
+    expected = [sets[i] + 1.0 for i in range(4) for _ in range(i)]
+    assert blocks.per_set(functions, x, sharing, (0, 1, 2, 3))[0, :, 0].tolist() == expected
 
 
 @eight
@@ -807,7 +898,21 @@ def test_recomputing_activations_changes_nothing(family, variant):
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
     assert flops[0] == flops[1] < flops[2], "`products` multiplies no matrix twice, `inputs` does"
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not unused, "DDP stops at a trained parameter without a gradient"
+    assert not unused and all(p.requires_grad for p in model.parameters()), "DDP stops at a parameter without a gradient"
+
+
+@eight
+def test_weights_that_nobody_reads_get_a_zero_gradient(family, variant):
+    """In the last layer only v_f goes on. What served the other streams from there counts in the paper's sizes, but does not
+    learn: its slice of tokens is empty."""
+    model, clips = toy_model(family, variant), toy_clips(family)
+    model(*clips, toy_draws(model))[0].backward()
+    still = {n.split(".", 2)[2] for n, p in model.named_parameters() if n.startswith("blocks.2.") and not p.grad.any()}
+    parts = {"masked": {"base": ["mlp.0", "mlp.2", "mlp.3"], "modality": ["mlp.1"], "full": [], "split": []},
+             "flow": {"base": [f"sets.{i}.{part}" for i in (0, 2, 3) for part in ("out", "mlp")],
+                      "modality": ["sets.1.out", "sets.1.mlp"], "full": [], "split": ["sets.1.mlp"]}}[family][variant]
+    assert {n for n in still if not n.endswith("qkv.bias")} == {
+        n for n, _ in model.blocks[2].named_parameters() if any(n.startswith(part + ".") for part in parts)}
 
 
 def test_the_split_sampler_computes_the_past_once(monkeypatch):
@@ -848,8 +953,7 @@ def test_guidance_goes_from_unconditional_to_conditional(drop):
     X_0 = torch.randn(2, 3, 1, 4, 6, generator=generator())
     no, t = torch.zeros(2, dtype=torch.bool), torch.zeros(1)
     u = model.velocity(X_0, t, past, actions)
-    u_0 = model.velocity(X_0, t, past, actions, keep_past=None if drop == "actions" else no,
-                         keep_actions=None if drop == "past" else no)
+    u_0 = model.velocity(X_0, t, past, actions, no)
     assert (u - u_0).abs().max() > 1e-3
     for cfg in (0.0, 1.0, 3.0):
         X_1 = model.sample(past, actions, steps=1, cfg=cfg, generator=generator())
@@ -859,22 +963,40 @@ def test_guidance_goes_from_unconditional_to_conditional(drop):
 @pytest.mark.parametrize("which", ["past", "actions"])
 def test_a_dropped_condition_is_gone(which):
     """Of both clips only the second keeps it: the first then does not depend on it, the second does."""
-    model, (video, actions) = toy_model("flow", at_place=True), toy_clips("flow")
-    keep, t, X_t = torch.tensor([False, True]), torch.tensor([0.2, 0.7]), video[:, :, 2:]
+    model, (video, actions) = toy_model("flow", at_place=True, drop=which), toy_clips("flow")
+    kept, t, X_t = torch.tensor([False, True]), torch.tensor([0.2, 0.7]), video[:, :, 2:]
 
     def velocity(factor):
         p, a = (video[:, :, :2] * factor, actions) if which == "past" else (video[:, :, :2], actions * factor)
-        return model.velocity(X_t, t, p, a, **{f"keep_{which}": keep})
+        return model.velocity(X_t, t, p, a, kept)
 
     change = (velocity(1.0) - velocity(-2.0)).abs().amax((1, 2, 3, 4))
     assert change[0] == 0 and change[1] > 1e-3
+    model.config.drop = "both"
+    assert (velocity(1.0)[0] - model.velocity(X_t, t, video[:, :, :2], actions, kept)[0]).abs().max() == 0
+    model.config.drop = {"past": "actions", "actions": "past"}[which]
+    assert (velocity(1.0) - velocity(-2.0)).abs().amax((1, 2, 3, 4))[0] > 1e-3, "the other condition is dropped now"
 
 
 def test_conditions_are_dropped_at_the_documented_rate():
     model, g = toy_model("flow", p_drop=0.15), generator()
-    keep = torch.stack([model.draw(g)["keep"] for _ in range(4000)]).float().mean()
-    assert abs(keep - 0.85) < 0.02
-    assert torch.stack([toy_model("flow", p_drop=0.0).draw(g)["keep"] for _ in range(20)]).all()
+    kept = torch.stack([model.draw(g)["kept"] for _ in range(4000)]).float().mean()
+    assert abs(kept - 0.85) < 0.02
+    assert torch.stack([toy_model("flow", p_drop=0.0).draw(g)["kept"] for _ in range(20)]).all()
+
+
+def test_a_model_that_never_dropped_its_conditions_is_not_guided():
+    model, (video, actions) = toy_model("flow", p_drop=0.0), toy_clips("flow")
+    settings = flow_hwm.sampling_defaults(model.config, "paper")
+    assert settings == dict(flow_hwm.SAMPLING["paper"], cfg=1.0)
+    model.sample(video[:, :, :2], actions, **dict(settings, steps=1))
+    with pytest.raises(DataError, match="p_drop 0"):
+        model.sample(video[:, :, :2], actions, steps=1, cfg=3.0)
+    guided = toy_model("flow").config
+    assert flow_hwm.sampling_defaults(guided, "tiny") == flow_hwm.SAMPLING["tiny"]
+    settings = masked_hwm.sampling_defaults(toy_model("masked").config, "tiny")
+    settings["K"] = 99
+    assert masked_hwm.SAMPLING["tiny"]["K"] != 99, "the defaults are the caller's own copy"
 
 
 # ---- statistics and shapes
@@ -888,7 +1010,7 @@ def test_actions_enter_standardised(family):
     mean, std = torch.arange(A) * 1.0, torch.tensor([2.0, 0.5, 1, 3, 1])
     model.set_statistics(mean, std, *([torch.zeros(3), torch.ones(3)] if family == "flow" else []))
     close(model(video, actions * std + mean, draws)[0], expected, 1e-4)
-    assert torch.equal(model.state_dict()["action_std"], std), "statistics travel with the weights"
+    assert torch.equal(model.state_dict()["standardise_actions.std"], std), "statistics travel with the weights"
 
 
 def test_latents_are_standardised_per_channel():
@@ -897,8 +1019,8 @@ def test_latents_are_standardised_per_channel():
     expected = model(video, actions, draws)[0]
     model.set_statistics(torch.zeros(A), torch.ones(A), mean, std)
     raw = video * std.view(1, 3, 1, 1, 1) + mean.view(1, 3, 1, 1, 1)
-    close(model.standardise(raw), video)
-    close(model.unstandardise(model.standardise(raw)), raw)
+    close(model.standardise_latents(raw), video)
+    close(model.standardise_latents.inverse(model.standardise_latents(raw)), raw)
     close(model(raw, actions, draws)[0], expected, 1e-4)
 
 
@@ -914,7 +1036,7 @@ def test_patchify_by_hand():
 @pytest.mark.parametrize("module", [blocks, masked_hwm, flow_hwm])
 def test_run_me(module, capsys):
     """Their docstrings promise a walk through the file, with shapes."""
-    assert "Run me" in inspect.getdoc(module)
+    assert f"`python {os.path.basename(module.__file__)}`" in inspect.getdoc(module)
     runpy.run_path(os.path.abspath(module.__file__), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 4
 

@@ -1,4 +1,4 @@
-"""Exercise 4: who sees whom. The project's own: blocks.temporal_attention, and MaskedBlock.joint around it.
+"""Exercise 4: who sees whom. The project's own: blocks.temporal_attention, and MaskedBlock.forward around it.
 
 Attention over time should be causal, thinks everyone who has written a language model. Here the tokens of one place stand in
 the order video, then actions. Draw the mask: which column would carry an action to a frame? Published code trained
