@@ -533,16 +533,6 @@ def show(what, x):
     """One line of a walk: what a tensor is, and its shape."""
     print(f"{what:58s} {tuple(x.shape) if torch.is_tensor(x) else x}")
 
-def compile_blocks(model):
-    """Block by block: they are alike, so that a compiler's work is done once for all. Not the last, which is unlike them and
-    whose gradient torch 2.13 compiles wrongly for CPUs (masked: several percent off; tests/test_models.py looks at it)."""
-    for block in model.blocks[:-1]:
-        block.compile()
-        for part in ("context", "future"):  # what the sampler of masked split asks for instead of the whole
-            if hasattr(block, part):
-                setattr(block, part, torch.compile(getattr(block, part)))
-
-
 def main():
     layout, x = Layout(T_p=2, T_f=1, H=8, W=8, temporal=8), torch.randn(1, 209, 48)
     show("tokens of v_p, v_f, a_p, a_f", layout.lengths)

@@ -256,13 +256,6 @@ Model, Config = FlowHWM, FlowConfig
 
 # ---- a walk --------------------------------------------------------------------------------------
 
-KIND = "continuous"
-SAMPLING = {"paper": dict(steps=50, cfg=3.0), "tiny": dict(steps=5, cfg=2.0)}
-TRAINING = {"paper": dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine", micro=32),
-            "tiny": dict(steps=2000, batch=8, lr=2e-3, warmup=50, decay="cosine", micro=8)}
-Model, Config = FlowHWM, FlowConfig
-
-
 def main():
     torch.manual_seed(0)
     model = FlowHWM(FlowConfig(n_layer=2, n_head=4, width=64, hidden=256, H=8, W=8))

@@ -292,13 +292,6 @@ Model, Config = MaskedHWM, MaskedConfig
 
 # ---- a walk --------------------------------------------------------------------------------------
 
-KIND = "discrete"
-SAMPLING = {"paper": dict(K=2, temperature=1.0), "tiny": dict(K=2, temperature=0.0)}
-TRAINING = {"paper": dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear", micro=4),
-            "tiny": dict(steps=1400, batch=8, lr=2e-3, warmup=50, decay="cosine", micro=8)}
-Model, Config = MaskedHWM, MaskedConfig
-
-
 def main():
     torch.manual_seed(0)
     model = MaskedHWM(MaskedConfig(n_layer=2, n_head=4, width=64, hidden=256, vocab_size=512, H=8, W=8))

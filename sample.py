@@ -26,8 +26,6 @@ import torch.distributed as dist
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-
 import flow_hwm
 import masked_hwm
 from blocks import compile_blocks

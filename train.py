@@ -65,7 +65,7 @@ class TrainConfig:
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile the blocks")
     checkpoint_activations: str = knob(
-        "", "hold less for the backward pass: matrix products only, or (the flag alone) inputs of blocks only",
+        "", "store less for the backward pass: only matrix products, or (the flag alone) inputs of blocks",
         choices=("products", "inputs"), alone="inputs")
     shard: bool = knob(False, "FSDP2: divide parameters, gradients and optimiser among the processes")
     workers: int = knob(-1, "processes that read clips ahead; default: four on a GPU, none on a CPU", low=-1)
@@ -166,8 +166,9 @@ def train(config):
     if module.KIND == "continuous":
         statistics += torch.tensor([clips.meta["latent_mean"], clips.meta["latent_std"]])
     model.set_statistics(*statistics)
-    say(f"{config.model} {config.variant}: {count_parameters(model) / 1e6:.1f} M parameters, {len(clips)} clips"
-        f" of {folder}, {config.steps} steps of {config.batch} clips on {world} x {kind} in {config.dtype}")
+    millions = count_parameters(model) / 1e6
+    say(f"{config.model} {config.variant}: {millions:.1f} M parameters, {len(clips)} clips of {folder}, "
+        f"{config.steps} steps of {config.batch} clips, {world} x {kind}, {config.dtype}, to {config.out}")
     runner = distribute(model, config, device)  # the same model, in what averages gradients over processes
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
@@ -297,36 +298,36 @@ def model_options(name):
     return {f.name: f for f in fields(MODELS[name].Config) if f.name not in decided}
 
 def check_flags(config):
-    """Options that the model does not have, and numbers that make no sense, are refused before any work."""
+    """Numbers that make no sense and options that the model does not have are refused before any work."""
+    for f in fields(TrainConfig):
+        value, low, below = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("below", math.inf)
+        if low is not None and not low <= value < below:
+            raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
     known = model_options(config.model)
     for name in config.options:
         if name not in known:
             raise DataError(f"--{name} is no option of {config.model}, which has --{', --'.join(known)}")
-    for f in [*fields(TrainConfig), *known.values()]:
-        value = config.options.get(f.name, getattr(config, f.name, None))
-        low = f.metadata.get("low", 1 if f.type is int else None)
-        below = f.metadata.get("below", math.inf)
-        if None not in (value, low) and not low <= value < below:
-            raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
+    module = MODELS[config.model]
+    sizes = {**module.PRESETS[config.preset], **config.options}
+    sizes.pop("share_digits", None)  # whether that is possible is for the data to say
+    module.Config(**sizes)  # it checks itself
 
 def model_config(config, clips):
-    """The preset's sizes, with the options given and what the data decides."""
+    """The preset's sizes, the options given, and what the data decides."""
     module, tokenizer = MODELS[config.model], clips.meta.get("tokenizer", {})
-    sizes = module.Config(**{**module.PRESETS[config.preset], **config.options})
-    sizes.variant, sizes.checkpoint_activations = config.variant, config.checkpoint_activations
-    sizes.action_dim, sizes.temporal = clips.action_dim, tokenizer.get("temporal", 8)
-    *_, T, sizes.H, sizes.W = clips.shape  # of ids (T, H, W), of latents (C, T, H, W)
-    sizes.T_p = 1 + (PAST - 1) // sizes.temporal  # the first latent is of one frame
-    sizes.T_f = T - sizes.T_p
+    sizes = {**module.PRESETS[config.preset], **config.options}
+    *_, T, H, W = clips.shape  # of ids (T, H, W), of latents (C, T, H, W)
+    temporal = tokenizer.get("temporal", 8)
+    T_p = 1 + (PAST - 1) // temporal  # the first latent is of one frame, every other of `temporal` frames
+    sizes.update(T_p=T_p, T_f=T - T_p, H=H, W=W, temporal=temporal, action_dim=clips.action_dim,
+                 variant=config.variant, checkpoint_activations=config.checkpoint_activations)
     if module.KIND == "continuous":
-        sizes.channels, parts = clips.shape[0], sizes.n_head
+        sizes["channels"] = clips.shape[0]
     else:
-        sizes.vocab_size, parts = clips.vocab_size, 2 * sizes.n_head  # rotary pairs fill a whole head here
-        sizes.share_digits &= "levels" in tokenizer  # ids of another's making do not say their digits
-        sizes.levels = tuple(tokenizer["levels"]) if sizes.share_digits else ()
-    if sizes.width % parts:
-        raise DataError(f"--width {sizes.width} with --n_head {sizes.n_head}: give a multiple of {parts}")
-    return sizes
+        share_digits = sizes.get("share_digits", False) and "levels" in tokenizer  # ids of 1X come without
+        sizes.update(vocab_size=clips.vocab_size, share_digits=share_digits)
+        sizes["levels"] = tuple(tokenizer["levels"]) if share_digits else ()
+    return module.Config(**sizes)
 
 def describe(config, sizes, folder, clips, tokenizer):
     """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
@@ -373,14 +374,6 @@ def settle_dtype(config, saved, device):
         choice = [saved["config"]["dtype"] if saved else str(faster_dtype(device.type, device))]
         dist.broadcast_object_list(choice, device=device)
         config.dtype = choice[0].removeprefix("torch.")
-
-def settle_dtype(config, saved, device):
-    """--dtype auto becomes what the run had before, or what rank 0 measures: other types, other losses."""
-    if config.dtype == "auto":
-        choice = [saved["config"]["dtype"] if saved else str(faster_dtype(device.type, device))]
-        dist.broadcast_object_list(choice, device=device)
-        config.dtype = choice[0].removeprefix("torch.")
-
 
 def faster_dtype(kind, device):
     """bfloat16 where a GPU has units for it, or a CPU multiplies it at least 1.3 times as fast as float32."""
@@ -528,105 +521,6 @@ def peak_gb(kind):
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-# ---- the folder of a run -------------------------------------------------------------------------
-
-
-def has_run(folder):
-    return any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "ckpt_previous.pt"))
-
-
-def open_run_folder(config, say):
-    """Makes OUT and returns its lock. An earlier run is kept under another name, so that nothing is lost."""
-    if rank_and_world()[0] > 0:
-        return contextlib.nullcontext()
-    if config.resume and not has_run(config.out):
-        raise DataError(f"there is no {config.out}/ckpt.pt to resume: leave --resume out, or change --out")
-    lock = hold(config.out)
-    if has_run(config.out) and not config.resume:
-        n = 1
-        while os.path.exists(f"{config.out}.{n}"):
-            n += 1
-        os.rename(config.out, f"{config.out}.{n}")
-        say(f"{config.out} already held a run; it is now {config.out}.{n}")
-        lock = hold(config.out)
-    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
-    return lock
-
-
-def hold(folder):
-    """Locks FOLDER/lock, which says who holds it, until the file returned is closed. The lock vanishes with
-    the process, however that ends, and processes that read clips do not inherit it."""
-    os.makedirs(folder, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return contextlib.nullcontext()
-    file = open(os.path.join(folder, "lock"), "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise DataError(f"{folder} is in use by {file.read()}: stop that, or give another --out") from None
-    file.truncate(0)
-    print("process", os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
-    return file
-
-
-def check_resumed(config, saved, about, say):
-    """Refuses other data than before, but not another path to it. A run may become longer."""
-    then, now, step, steps = saved["data"], about["data"], saved["step"], saved["config"]["steps"]
-    if any(then.get(key, now[key]) != now[key] for key in ("clips", "sha256")):
-        raise DataError(f"the checkpoint in {config.out} is of another run, on {then['path']}, whose clips "
-                        f"are not those of {now['path']}: give the same --data, or another --out")
-    if config.steps < steps:
-        raise DataError(f"--steps {config.steps}: the run in {config.out} has {steps}; give as many or more")
-    if 0 < config.stop_after <= step:
-        raise DataError(f"--stop_after {config.stop_after}: the run in {config.out} is at {step} already")
-    say(f"resuming {config.out}/ckpt.pt at step {step}")
-    if config.steps > steps:
-        say(f"prolonged from {steps} to {config.steps} steps: the {config.decay} schedule is now over all of "
-            f"them, and the rate goes on at {learning_rate(config, step):.3g}")
-
-
-class Log:
-    """OUT/log.jsonl, by rank 0, and the progress bar. A line tells of the steps since the line before it."""
-
-    def __init__(self, config, step, flops, kind):
-        self.file, self.batch = f"{config.out}/log.jsonl", config.batch
-        self.flops, self.kind = flops, kind  # operations per clip, and "cuda" or "cpu"
-        self.is_writer = rank_and_world()[0] == 0
-        self.bar = tqdm(total=config.steps, initial=step, desc="training", disable=not self.is_writer)
-        self.step, self.start = step, time.perf_counter()
-        if self.is_writer and os.path.exists(self.file):  # steps after the checkpoint will be logged again
-            with open(self.file) as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_whole(self.file, lambda name: open(name, "w").writelines(kept))
-
-    def write(self, step, **measured):
-        now = time.perf_counter()
-        rate = (step - self.step) * self.batch / (now - self.start)
-        self.step, self.start = step, now
-        line = {"step": step, **measured, "samples_per_s": rate, "tflops": self.flops * rate / 1e12,
-                "peak_gb": peak_gb(self.kind)}
-        line = {name: round(x, 6) for name, x in line.items() if not math.isnan(x)}
-        if self.is_writer:
-            with open(self.file, "a") as f:
-                print(json.dumps(line), file=f)
-            self.bar.set_postfix(loss=f"{measured['loss']:.4f}", per_s=f"{rate:.1f}")
-
-
-def peak_gb(kind):
-    """The most memory that was held, on the GPU or by this process; nan where that is not known."""
-    if kind == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def count_flops(f):
     """Operations of the matrix products and attentions of f(), run as it is written and without gradients."""
     left_out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # by torch's counter
@@ -640,8 +534,8 @@ def refuse(config, step, loss, norm, stream):
     """Ends a run whose loss is not finite. No checkpoint is written, so that the last good one stays."""
     first = step * config.batch
     names = [stream.clips.where(stream.clip_index(p)) for p in range(first, first + min(config.batch, 4))]
-    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; {config.out}/ckpt.pt is as it was. "
-                    f"The batch began with {', '.join(names)}: look at these clips, or lower --lr")
+    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; the checkpoint stays as it was. "
+                    f"Look at the clips of this batch ({', '.join(names)}, ...), or lower --lr")
 
 def show(config, about, sizes, ema, folder, step, device):
     """OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four validation clips."""
