@@ -74,13 +74,6 @@ SAMPLING = {  # paper: Sec. 3.2; tiny: the best of those measured (README)
     "tiny": dict(steps=5, cfg=2.0),
 }
 
-def sampling_defaults(config, preset):
-    """The sampler's settings for a model. One that never dropped its conditions in training is not guided."""
-    settings = dict(SAMPLING[preset])
-    if config.p_drop == 0:
-        settings["cfg"] = 1.0
-    return settings
-
 # ---- flow matching: the path, its velocity, and how to follow it ---------------------------------
 
 def interpolate(X_0, X_1, t, sigma_min):

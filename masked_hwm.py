@@ -71,10 +71,6 @@ SAMPLING = {  # paper: Sec. 3.1; tiny: the best of those measured (README)
     "tiny": dict(K=2, temperature=0.0),
 }
 
-def sampling_defaults(config, preset):
-    """The sampler's settings for a model."""
-    return dict(SAMPLING[preset])
-
 # ---- hiding tokens, choosing tokens --------------------------------------------------------------
 
 def gamma(r):

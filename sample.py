@@ -75,6 +75,8 @@ def read_checkpoint(file):
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         saved = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"there is no checkpoint {file}: give a ckpt.pt by train.py, or one of weights/") from None
     except Exception as e:  # a damaged or hostile file can raise nearly anything
         raise DataError(f"{file} is no readable checkpoint ({type(e).__name__}): give another") from None
     if damaged:
@@ -466,13 +468,11 @@ SETTINGS = {  # for each model, what a flag is called by its sampler
     "flow": {"steps": "steps", "cfg": "cfg", "method": "method"}}
 
 def settings_of(saved, args=None):
-    """The sampler's settings as a dict: the preset's, replaced by what the flags `args` ask for.
-    DataError for a flag of the other model, and for guidance of a flow model trained with p_drop 0: it never
-    learned the velocity without conditions, from which guidance leads away."""
+    """The sampler's settings as a dict: the preset's, replaced by what the flags `args` ask for. A flow model
+    trained with p_drop 0 has never seen its conditions dropped, so it is not guided (its sampler refuses to)."""
     kind, preset = saved["config"]["model"], saved["config"]["preset"]
     settings = dict(MODELS[kind].SAMPLING[preset])
-    unguided = saved["model_config"].get("p_drop") == 0
-    if unguided:
+    if saved["model_config"].get("p_drop") == 0:
         settings["cfg"] = 1.0
     for flag in ("steps", "cfg", "method", "temperature", "order"):
         value = getattr(args, flag, None)
@@ -481,8 +481,6 @@ def settings_of(saved, args=None):
         if flag not in SETTINGS[kind]:
             raise DataError(f"--{flag} means nothing to a {kind} model: leave it out")
         settings[SETTINGS[kind][flag]] = value
-    if unguided and settings["cfg"] != 1:
-        raise DataError(f"--cfg {settings['cfg']:g} needs a model trained with p_drop above 0: leave it out")
     return settings
 
 def add_sampling_flags(p):

@@ -65,7 +65,7 @@ class TrainConfig:
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile the blocks")
     checkpoint_activations: str = knob(
-        "", "hold less for the backward pass: matrix products only, or (the flag alone) inputs of blocks only",
+        "", "store less for the backward pass: only matrix products, or (the flag alone) inputs of blocks",
         choices=("products", "inputs"), alone="inputs")
     shard: bool = knob(False, "FSDP2: divide parameters, gradients and optimiser among the processes")
     workers: int = knob(-1, "processes that read clips ahead; default: four on a GPU, none on a CPU", low=-1)
@@ -166,8 +166,9 @@ def train(config):
     if module.KIND == "continuous":
         statistics += torch.tensor([clips.meta["latent_mean"], clips.meta["latent_std"]])
     model.set_statistics(*statistics)
-    say(f"{config.model} {config.variant}: {count_parameters(model) / 1e6:.1f} M parameters, {len(clips)} clips"
-        f" of {folder}, {config.steps} steps of {config.batch} clips on {world} x {kind} in {config.dtype}")
+    millions = count_parameters(model) / 1e6
+    say(f"{config.model} {config.variant}: {millions:.1f} M parameters, {len(clips)} clips of {folder}, "
+        f"{config.steps} steps of {config.batch} clips, {world} x {kind}, {config.dtype}, to {config.out}")
     runner = distribute(model, config, device)  # the same model, in what averages gradients over processes
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
@@ -297,36 +298,36 @@ def model_options(name):
     return {f.name: f for f in fields(MODELS[name].Config) if f.name not in decided}
 
 def check_flags(config):
-    """Options that the model does not have, and numbers that make no sense, are refused before any work."""
+    """Numbers that make no sense and options that the model does not have are refused before any work."""
+    for f in fields(TrainConfig):
+        value, low, below = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("below", math.inf)
+        if low is not None and not low <= value < below:
+            raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
     known = model_options(config.model)
     for name in config.options:
         if name not in known:
             raise DataError(f"--{name} is no option of {config.model}, which has --{', --'.join(known)}")
-    for f in [*fields(TrainConfig), *known.values()]:
-        value = config.options.get(f.name, getattr(config, f.name, None))
-        low = f.metadata.get("low", 1 if f.type is int else None)
-        below = f.metadata.get("below", math.inf)
-        if None not in (value, low) and not low <= value < below:
-            raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
+    module = MODELS[config.model]
+    sizes = {**module.PRESETS[config.preset], **config.options}
+    sizes.pop("share_digits", None)  # whether that is possible is for the data to say
+    module.Config(**sizes)  # it checks itself
 
 def model_config(config, clips):
-    """The preset's sizes, with the options given and what the data decides."""
+    """The preset's sizes, the options given, and what the data decides."""
     module, tokenizer = MODELS[config.model], clips.meta.get("tokenizer", {})
-    sizes = module.Config(**{**module.PRESETS[config.preset], **config.options})
-    sizes.variant, sizes.checkpoint_activations = config.variant, config.checkpoint_activations
-    sizes.action_dim, sizes.temporal = clips.action_dim, tokenizer.get("temporal", 8)
-    *_, T, sizes.H, sizes.W = clips.shape  # of ids (T, H, W), of latents (C, T, H, W)
-    sizes.T_p = 1 + (PAST - 1) // sizes.temporal  # the first latent is of one frame
-    sizes.T_f = T - sizes.T_p
+    sizes = {**module.PRESETS[config.preset], **config.options}
+    *_, T, H, W = clips.shape  # of ids (T, H, W), of latents (C, T, H, W)
+    temporal = tokenizer.get("temporal", 8)
+    T_p = 1 + (PAST - 1) // temporal  # the first latent is of one frame, every other of `temporal` frames
+    sizes.update(T_p=T_p, T_f=T - T_p, H=H, W=W, temporal=temporal, action_dim=clips.action_dim,
+                 variant=config.variant, checkpoint_activations=config.checkpoint_activations)
     if module.KIND == "continuous":
-        sizes.channels, parts = clips.shape[0], sizes.n_head
+        sizes["channels"] = clips.shape[0]
     else:
-        sizes.vocab_size, parts = clips.vocab_size, 2 * sizes.n_head  # rotary pairs fill a whole head here
-        sizes.share_digits &= "levels" in tokenizer  # ids of another's making do not say their digits
-        sizes.levels = tuple(tokenizer["levels"]) if sizes.share_digits else ()
-    if sizes.width % parts:
-        raise DataError(f"--width {sizes.width} with --n_head {sizes.n_head}: give a multiple of {parts}")
-    return sizes
+        share_digits = sizes.get("share_digits", False) and "levels" in tokenizer  # ids of 1X come without
+        sizes.update(vocab_size=clips.vocab_size, share_digits=share_digits)
+        sizes["levels"] = tuple(tokenizer["levels"]) if share_digits else ()
+    return module.Config(**sizes)
 
 def describe(config, sizes, folder, clips, tokenizer):
     """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
@@ -533,8 +534,8 @@ def refuse(config, step, loss, norm, stream):
     """Ends a run whose loss is not finite. No checkpoint is written, so that the last good one stays."""
     first = step * config.batch
     names = [stream.clips.where(stream.clip_index(p)) for p in range(first, first + min(config.batch, 4))]
-    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; {config.out}/ckpt.pt is as it was. "
-                    f"The batch began with {', '.join(names)}: look at these clips, or lower --lr")
+    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; the checkpoint stays as it was. "
+                    f"Look at the clips of this batch ({', '.join(names)}, ...), or lower --lr")
 
 def show(config, about, sizes, ema, folder, step, device):
     """OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four validation clips."""

@@ -1,12 +1,12 @@
 """The built-in robot: what a small humanoid sees while it drives about a room and handles things on a table.
 
 A robot of yours takes its place with four functions: a world to start from (`robot_world`), its motion
-(`robot_plan`), what a state does to the world (`robot_step`) and what the camera sees of it (`robot_view`). `synth`
-makes a data folder of them; play and planning step this true world beside a model's dream of it.
+(`robot_plan`), what a state does to the world (`robot_step`) and what the camera sees of it (`robot_view`).
+`synth` makes a data folder of them; play and planning step this true world beside a model's dream of it.
 
-A state is the 25 numbers of the 1X data (data.JOINTS), in radians and metres a second. State k belongs to frame k;
-its velocities carry the base from frame k - 1 to frame k. Lengths are metres; x and y lie on the floor, z points up.
-In the body frame x points forward and y to the left. Images are uint8 RGB.
+A state is the 25 numbers of the 1X data (data.JOINTS), in radians and metres a second. State k belongs to
+frame k; its velocities carry the base from frame k - 1 to frame k. Lengths are metres; x and y lie on the
+floor, z points up. In the body frame x points forward and y to the left. Images are uint8 RGB.
 """
 import copy
 import functools
@@ -22,7 +22,6 @@ NECK, LEFT_HAND, RIGHT_HAND, DRIVE, TURN = range(20, 25)  # columns of a state
 HANDS, ARMS = [LEFT_HAND, RIGHT_HAND], [list(range(6, 13)), list(range(13, 20))]  # left, right
 
 # ---- the body ------------------------------------------------------------------------------------
-
 EYE, SHOULDER = (0.08, 0.0, 1.45), (0.0, 0.21, 1.22)  # in the body frame; the right shoulder lies at -y
 UPPER_ARM, FOREARM, PALM, FINGER = 0.27, 0.25, 0.09, 0.06
 GRIP = np.array([0, 0, 0.06])  # an object is held this far above its base
@@ -55,7 +54,6 @@ def arm_points(angles, side):
     return np.stack([*points, hand[..., 1]], -2)
 
 # ---- the room ------------------------------------------------------------------------------------
-
 ROOM = np.array([6.0, 5.0, 2.8], np.float32)  # the room spans 0 .. ROOM
 TABLE = np.array([[3.0, 1.8, 0.70], [3.9, 3.2, 0.76]], np.float32)  # low and high corner of the table's top
 PEDESTAL = np.array([[3.3, 2.2, 0.0], [3.6, 2.8, 0.70]], np.float32)
@@ -65,7 +63,7 @@ HAND_COLOURS = (240, 140, 40), (60, 200, 220)
 TEXELS = 256  # of a texture, along each side
 FACE_LIGHT = np.float32([0.92, 0.92, 0.82, 0.82, 1, 1])
 BOX_LIGHT = np.array([0.55, 0.75, 1.0])  # of the sides of a box across x, y and z
-DECOR = [  # of the faces x=0, x=max, y=0, y=max, floor, ceiling: colour, and pictures (u0, u1, v0, v1, colour)
+DECOR = [  # of the faces x=0, x=max, y=0, y=max, floor, ceiling: colour, pictures (u0, u1, v0, v1, colour)
     [(196, 120, 92), (0.8, 2, 0, 2.1, (92, 58, 40)), (3, 4.4, 1, 2.1, (238, 222, 170))],
     [(112, 150, 186), (1.3, 3.3, 0.9, 2.2, (232, 244, 252)), (4, 5, 0, 1.6, (70, 78, 130))],
     [(206, 196, 128), (4.2, 5.4, 0, 2.1, (226, 226, 216)), (1, 2.6, 1.1, 2.1, (72, 92, 140))],
@@ -73,37 +71,29 @@ DECOR = [  # of the faces x=0, x=max, y=0, y=max, floor, ceiling: colour, and pi
     [(146, 136, 128), (0.4, 2.4, 1.2, 3.8, (160, 86, 84)), (4.5, 6, 0, 5, (112, 118, 134))],
     [(200, 200, 204), (1, 2.2, 1, 4, (255, 255, 250)), (3.8, 5, 1, 4, (255, 255, 250))]]
 
-def hard_face(rng):
-    """A face in the form of DECOR's, at random: a pattern all over it, and four pictures."""
-    (a, b), (u, v) = rng.uniform(4, 12, 2), np.mgrid[:TEXELS, :TEXELS] * (2 * np.pi / TEXELS)
-    pattern = rng.choice([np.sin(a * u), np.sin(a * u + b * v), np.sign(np.sin(a * u) * np.sin(b * v))])
-    face = [rng.uniform(80, 200, 3) + 40 * pattern[..., None]]
-    for u0, v0, width, height in rng.uniform((0, 0, 0.4, 0.4), (5, 2, 1.6, 1.6), (4, 4)):
-        face.append((u0, u0 + width, v0, v0 + height, rng.uniform(20, 255, 3)))
-    return face
-
 @functools.lru_cache(maxsize=4)
 def room_texture(room):
-    """Colours (6 * TEXELS * TEXELS, 3) float32 in the order (face, u, v). Room 0 is DECOR: plain, so that a small
-    model can learn it. Any other number is a hard room of its own."""
+    """Colours (6 * TEXELS * TEXELS, 3) float32 in the order (face, u, v). Room 0 is DECOR: plain, so that a
+    small model can learn it. Any other number is a hard room of its own, tiled all over."""
     texture, rng = np.zeros((6, TEXELS, TEXELS, 3), np.float32), np.random.default_rng(room)
-    for face, decor in enumerate(DECOR):
-        texture[face], *pictures = hard_face(rng) if room else decor
-        sizes = np.delete(ROOM, face // 2).repeat(2)
+    for face, (colour, *pictures) in enumerate(DECOR):
+        texture[face] = colour
         for *ends, colour in pictures:
+            sizes = np.delete(ROOM, face // 2).repeat(2)
             u0, u1, v0, v1 = np.round(np.minimum(ends / sizes, 1) * TEXELS).astype(int)
             texture[face, u0:u1, v0:v1] = colour
+    if room:
+        tiles = rng.uniform(70, 210, (6, 1, 1, 3)) + rng.normal(0, 35, (6, 16, 16, 3))
+        texture[:] = tiles.clip(0, 255).repeat(TEXELS // 16, axis=1).repeat(TEXELS // 16, axis=2)
     texture = (140 + 0.7 * (texture - 140)) * FACE_LIGHT[:, None, None, None]  # a little pale
     return texture.reshape(-1, 3)
 
 def is_free_floor(x, y):
     """May the base stand here? Away from the walls, and from the table by less than an arm's length."""
-    (x0, y0, _), (x1, y1, _) = TABLE.tolist()
-    near_table = x0 - 0.32 < x < x1 + 0.32 and y0 - 0.32 < y < y1 + 0.32
-    return 0.7 < x < ROOM[0] - 0.7 and 0.7 < y < ROOM[1] - 0.7 and not near_table
+    near_table = abs(x - 3.45) < 0.77 and abs(y - 2.5) < 1.02
+    return abs(x - 3) < 2.3 and abs(y - 2.5) < 1.8 and not near_table
 
 # ---- the world, and one step of it ---------------------------------------------------------------
-
 @dataclass
 class RobotWorld:
     """All that changes: pose (x, y, yaw), objects (4, 3) their bases, held: the object in each hand or -1."""
@@ -114,7 +104,7 @@ class RobotWorld:
     closed: list = field(default_factory=lambda: [False, False])
 
 def robot_world(rng, room=0):
-    """A start: each object in a quarter of the table, the base anywhere free and more or less facing the table."""
+    """A start: an object in each quarter of the table, the base anywhere free and turned to the table."""
     quarters = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])[rng.permutation(4)]
     low, high = TABLE[:, :2]
     xy = low + (quarters + rng.uniform(0.25, 0.75, (4, 2))) / 2 * (high - low)
@@ -158,9 +148,8 @@ def robot_step(world, state):
     return arms
 
 # ---- motion --------------------------------------------------------------------------------------
-
 def reach_target(rng, world, hand):
-    """The best of 64 random settings of an arm (7 angles) to reach an object, and the distance that is left."""
+    """The best of 64 random settings of an arm (7 angles) to reach an object, and how far that misses."""
     tries = np.zeros((64, 7))
     for j in ARM_MOVES:
         tries[:, j] = ARM_REST[j] + rng.uniform(-ARM_RANGE[j], ARM_RANGE[j], 64)
@@ -176,14 +165,13 @@ def robot_plan(rng, world, n_frames):
     world = copy.deepcopy(world)
     angle, target, speed = STANDING.copy(), STANDING.copy(), np.zeros(25)
     angle[NECK] = 0.4
-    for hand in (0, 1):
-        angle[ARMS[hand]] = target[ARMS[hand]] = reach_target(rng, world, hand)[0]
+    angle[ARMS] = target[ARMS] = [reach_target(rng, world, hand)[0] for hand in (0, 1)]
     v = w = goal_v = goal_w = 0.0  # of the base: metres and radians a second
     jump = np.zeros(4, int)  # the frame of the next jump of each group: two arms, neck, base
     states = np.zeros((n_frames, 25), np.float32)
     for k in range(n_frames):
-        # 1. New targets where it is time: an object in reach or any pose, an open or a closed hand, a nod, and
-        #    a drive that more often than not turns towards the table.
+        # 1. New targets where it is time: an object in reach or any pose, an open or a closed hand, a nod, a
+        #    drive that more often than not turns towards the table.
         due = jump <= k
         jump[due] = k + rng.integers(5, 12, due.sum())
         for hand in np.flatnonzero(due[:2]):
@@ -216,17 +204,16 @@ def robot_plan(rng, world, n_frames):
     return states
 
 # ---- the camera: ray casting for room and table, soft capsules for arms and objects --------------
-
 FOCAL = 1 / math.tan(math.radians(85) / 2)  # 85 degrees of view, in half image widths
 NEAR = 0.12  # nothing nearer to the eye is drawn
 
 @functools.lru_cache(maxsize=4)
 def pixel_rays(size):
-    """(3, 4 * size * size) camera rays (right, down, forward = 1), 2 x 2 a pixel, the sub-pixels outermost."""
-    edge = (2 * np.arange(2 * size, dtype=np.float32) + 1 - 2 * size) / (2 * size * FOCAL)
-    edge = edge.reshape(size, 2).T
-    right, down = np.broadcast_arrays(edge[None, :, None, :], edge[:, None, :, None])
-    return np.stack([right.ravel(), down.ravel(), np.ones(right.size, np.float32)])
+    """(3, 4 * size * size) camera rays (right, down, forward = 1), 2 x 2 a pixel, sub-pixels outermost."""
+    edge = ((np.arange(2 * size) + 0.5) / size - 1) / FOCAL
+    rays = np.stack([*np.meshgrid(edge, edge), np.ones((2 * size, 2 * size))])
+    rays = rays.reshape(3, size, 2, size, 2).transpose(0, 2, 4, 1, 3)
+    return rays.reshape(3, -1).astype(np.float32)
 
 def cast_room(eye, axes, size, room):
     """The room and its table. eye (3, 1), axes (3, 3) with rows right, down, forward; float32.
@@ -272,7 +259,7 @@ def robot_capsules(world, arms, closure):
 def draw_capsule(image, depth, ends, radius, colour):
     """Paints one capsule over `image` in place, with soft edges. ends (2, 3) in camera axes (right, down,
     forward). Radius over depth and 1 over depth are linear on the screen, so that a 2D distance is enough."""
-    # 1. Its ends on the screen, the far one first, the other cut off at the near plane; the pixels it may touch.
+    # 1. Its ends on the screen, the far one first, the other cut off at the near plane; pixels it may touch.
     a, b = ends[np.argsort(-ends[:, 2])]
     b = a + (b - a) * min(1, (a[2] - NEAR) / max(a[2] - b[2], 1e-6))
     inverse = 1 / np.array([a[2], b[2]])
@@ -281,8 +268,6 @@ def draw_capsule(image, depth, ends, radius, colour):
     r = radius * scale
     x0, y0 = (xy - r[:, None] - 1).min(0).clip(0, len(image)).astype(int)
     x1, y1 = (xy + r[:, None] + 2).max(0).clip(0, len(image)).astype(int)
-    if x0 >= x1 or y0 >= y1:
-        return
     # 2. Of each pixel: the nearest point of the axis, its distance, and radius and depth there.
     (ax, ay), (dx, dy) = np.float32([xy[0], xy[1] - xy[0]])
     (r, n), (dr, dn) = np.float32([(r[0], inverse[0]), (r[1] - r[0], inverse[1] - inverse[0])])
@@ -296,14 +281,6 @@ def draw_capsule(image, depth, ends, radius, colour):
     shade = 1 - 0.5 * ((away / r) ** 2).clip(0, 1)
     part += cover[..., None] * (shade[..., None] * np.float32(colour) - part)
 
-def lens(image):
-    """Each pixel (H, W, 3) spreads over its neighbours, 1 2 1 along both axes: soft edges tokenize better."""
-    for _ in range(2):
-        image = np.swapaxes(image, 0, 1)
-        padded = np.concatenate([image[:1], image, image[-1:]])
-        image = 0.25 * (padded[:-2] + padded[2:]) + 0.5 * image
-    return image
-
 def robot_view(world, arms, state, size=64):
     """What the head camera sees once `robot_step` has returned `arms`: (size, size, 3) uint8."""
     turn = rotation(2, world.pose[2])
@@ -315,7 +292,12 @@ def robot_view(world, arms, state, size=64):
     for ends, radius, colour in sorted(capsules, key=lambda c: -c[0][:, 2].mean()):  # far ones first
         if ends[:, 2].max() >= NEAR:
             draw_capsule(image, depth, ends, radius, colour)
-    return (lens(image) + 0.5).clip(0, 255).astype(np.uint8)
+    # A soft lens: each pixel spreads over its neighbours, 1 2 1 along both axes. Soft edges tokenize better.
+    for _ in range(2):
+        image = np.swapaxes(image, 0, 1)
+        padded = np.concatenate([image[:1], image, image[-1:]])
+        image = 0.25 * (padded[:-2] + padded[2:]) + 0.5 * image
+    return (image + 0.5).clip(0, 255).astype(np.uint8)
 
 def robot_render(states, start, size=64):
     """Replays states (n, 25) from the world `start`, which is left as it is: (n, size, size, 3) uint8."""
@@ -330,37 +312,32 @@ def robot_episode(seed, n_frames, size=64, room=0):
     return robot_render(states, start, size), states
 
 # ---- a data folder -------------------------------------------------------------------------------
-
-EPISODE, EPISODES_A_SHARD = 160, 8
+EPISODE, SHARD = 160, 8 * 160  # frames
 
 def synth(out, frames=20_000, size=64, seed=0, splits=("train", "val"), hard=False, progress=True):
-    """Draws a raw data folder: `frames` to train on and a tenth, at least 1,700, to validate. Every episode has a
-    seed of its own, so that one split does not depend on the other; hard ones play in 24 rooms, 8 of them only in
-    validation. Uses all cores, and goes on where it was when it was ended."""
+    """Draws a raw data folder: `frames` to train on, and a tenth, at least 1,700, to validate. Episodes have
+    seeds of their own, so that splits do not depend on each other; hard ones play in 16 rooms, and in 16 others
+    to validate. Uses all cores, and goes on where it was when it was ended."""
     if frames < FRAMES or size < 16 or size % 8 or not 0 <= seed < 1000:
-        raise DataError(f"{out}: {frames} frames of {size} x {size} with seed {seed} cannot be drawn: give at least "
-                        f"{FRAMES} frames, a size divisible by 8 and a seed of 0..999")
+        raise DataError(f"{out}: {frames} frames of {size} x {size} with seed {seed} cannot be drawn: give "
+                        f"at least {FRAMES} frames, a size divisible by 8 and a seed of 0..999")
     for split in splits:
         total = frames if split == "train" else max(frames // 10, 1700)
+        lengths = [min(SHARD, total - first) for first in range(0, total, SHARD)]
         about = {"robot": "hard" if hard else "built-in", "size": size, "seed": seed, "frames": total}
         about["episode"] = EPISODE
-        longest = EPISODES_A_SHARD * EPISODE
-        lengths = [min(longest, total - first) for first in range(0, total, longest)]
-        make_split(
-            f"{out}/{split}_v2.0", about, list(enumerate(lengths)), shard_bytes=lambda i: (lengths[i] * 3 * size**2, lengths[i] * 4 * 25),
-            make_shard=functools.partial(draw_shard, lengths, about, split == "val"),
-            meta={"num_shards": len(lengths), "query": None, "hz": HZ, "num_images": total, **about},
-            progress=progress, title=f"drawing {split}")
+        meta = {"num_shards": len(lengths), "query": None, "hz": HZ, "num_images": total, **about}
+        make_split(f"{out}/{split}_v2.0", about, list(enumerate(lengths)),
+                   functools.partial(draw_shard, lengths, about, split == "val"), meta,
+                   lambda i: (3 * size**2 * lengths[i], 4 * 25 * lengths[i]), progress=progress)
     return out
 
 def draw_shard(lengths, about, is_val, i):
-    """Shard i: frames (N, size, size, 3), states (N, 25), and the number of the episode of each frame (N,)."""
-    frames, states, episodes = [], [], []
-    for e in range(EPISODES_A_SHARD * i, EPISODES_A_SHARD * i + math.ceil(lengths[i] / EPISODE)):
+    """Shard i: frames (N, size, size, 3), states (N, 25), and the episode that each frame belongs to (N,)."""
+    first, n, parts = i * SHARD // EPISODE, lengths[i], []
+    for e in range(first, first + math.ceil(n / EPISODE)):
         room = 1 + e % 16 + 16 * is_val if about["robot"] == "hard" else 0
-        episode = robot_episode(1_000_000 * (2 * about["seed"] + is_val) + e, EPISODE, about["size"], room)
-        frames.append(episode[0])
-        states.append(episode[1])
-        episodes += [e] * EPISODE
-    n = lengths[i]
-    return np.concatenate(frames)[:n], np.concatenate(states)[:n], np.array(episodes[:n])
+        seed = 1_000_000 * (2 * about["seed"] + is_val) + e
+        parts.append(robot_episode(seed, EPISODE, about["size"], room))
+    frames, states = (np.concatenate(part)[:n] for part in zip(*parts))
+    return frames, states, first + np.arange(n) // EPISODE

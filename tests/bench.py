@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from blocks import VARIANTS
-from sample import MODELS, SAMPLING, compile_blocks
+from blocks import VARIANTS, compile_blocks
+from sample import MODELS
 from train import Stream, TrainConfig, count_flops, faster_dtype, positions
 
 CUDA = torch.cuda.is_available()
@@ -64,14 +64,14 @@ def peak_gb():
 
 def build(args):
     """The model of the arguments and one batch of random clips: model, video, actions, draws."""
-    Model, Config, presets = MODELS[args.model]
-    sizes = dict(presets[args.preset], variant=args.variant, checkpoint_activations=args.checkpoint_activations)
+    module = MODELS[args.model]
+    sizes = dict(module.PRESETS[args.preset], variant=args.variant, checkpoint_activations=args.checkpoint_activations)
     if args.latent_size:
         sizes.update(H=args.latent_size, W=args.latent_size)
     if args.future:
         sizes.update(T_f=args.future)
     torch.manual_seed(0)
-    model = Model(Config(**sizes)).to(DEVICE)
+    model = module.Model(module.Config(**sizes)).to(DEVICE)
     c, T = model.config, model.layout.T
     if args.model == "masked":
         video = torch.randint(c.vocab_size, (args.batch, T, c.H, c.W), device=DEVICE)
@@ -142,7 +142,7 @@ def sample_part(args, dtype):
     model, video, actions, _ = build(args)
     model.eval()
     past = video.narrow(video.ndim - 3, 0, model.layout.T_p)
-    settings = dict(SAMPLING[args.preset, args.model])
+    settings = dict(MODELS[args.model].SAMPLING[args.preset])
     steps = settings.get("steps", 1)
 
     def run(n=None):

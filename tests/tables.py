@@ -18,8 +18,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from blocks import VARIANTS
 from evaluate import choose_clips, speed
-from sample import SAMPLING, load_model, load_tokenizer_for, validation_clips
-from train import PRESETS
+from flow_hwm import TRAINING
+from sample import load_model, load_tokenizer_for, settings_of, validation_clips
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = [sys.executable]
@@ -59,8 +59,8 @@ def peak_of(out):
 
 
 def interval(pair):
-    """Half the width of a 95 % interval over clips."""
-    return f"± {(pair[1] - pair[0]) / 2:.2f}"
+    """Half the width of a 95 % interval, which fewer than eight clips do not have."""
+    return "" if pair is None else f"± {(pair[1] - pair[0]) / 2:.2f}"
 
 
 def speeds(ckpts):
@@ -69,7 +69,7 @@ def speeds(ckpts):
     for _ in range(3):
         for i, ckpt in enumerate(ckpts):
             model, saved = load_model(ckpt)
-            clips, settings = validation_clips(saved), SAMPLING["tiny", saved["config"]["model"]]
+            clips, settings = validation_clips(saved), settings_of(saved)
             rate, _ = speed(model, load_tokenizer_for(saved["tokenizer"]), clips, choose_clips(clips, 8), **settings)
             best[i] = max(best[i], rate)
     return best
@@ -140,12 +140,13 @@ def defaults(args):
             line("masked: order, K", f"{order}, {K}", base["masked"], "--order", order, "--steps", K)
     for T in (0.0, 0.5, 1.0):
         line("masked: temperature", T, base["masked"], "--temperature", T)
-    options = ("", "t_sampling=logit-normal", "drop=actions", "drop=past", "p_drop=0")  # a training for each, all alike
+    options = ("", "--t_sampling=logit-normal", "--drop=actions", "--drop=past", "--p_drop=0")  # a training for each, all alike
     for option in options if args.option_steps else ():
-        if not option and args.option_steps == (args.steps or PRESETS["tiny", "flow"]["steps"]):
+        if not option and args.option_steps == (args.steps or TRAINING["tiny"]["steps"]):
             continue  # that is the model of the lines above
-        ckpt = trained(f"{args.out}/option_{option or 'none'}", "flow", "full", "--steps", args.option_steps, "--set", option)
-        for cfg in (1.0,) if option.startswith(("t_", "p_")) else (1.0, 1.5, 2.0):
+        ckpt = trained(f"{args.out}/option_{option.strip('-') or 'none'}", "flow", "full", "--steps", args.option_steps,
+                       *option.split())
+        for cfg in (1.0,) if option.startswith(("--t_", "--p_")) else (1.0, 1.5, 2.0):
             line(f"flow, {args.option_steps} steps: {option or 'as it is'}", f"guidance {cfg}", ckpt, "--cfg", cfg)
     return "\n".join(lines)
 

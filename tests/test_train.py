@@ -116,7 +116,7 @@ def test_learning_rate_by_hand():
     assert learning_rate(TrainConfig(lr=1.0, warmup=0, steps=10, decay="cosine"), 0) == 1.0
 
 
-@pytest.mark.parametrize("accum", [1, 2, 4])
+@pytest.mark.parametrize("accum", [1, 4])
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 def test_rate_at_the_last_step_is_the_schedules(toy, tmp_path, accum, decay):
     lines = run(toy, tmp_path, accum=accum, decay=decay, steps=5, lr=0.01, warmup=1, log_every=1)
@@ -160,8 +160,9 @@ def test_bad_numbers_are_one_sentence_before_any_work(tmp_path, monkeypatch, nam
     assert f"--{name} {value}" in said and not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("options, word", [(dict(n_layer=0), "--n_layer 0"), (dict(width=25), "--width 25"), (dict(rho_max=0.1), "--rho_max"),
-                                           (dict(n_head=7), "--n_head 7"), (dict(T_p=3), "--T_p"), (dict(variant="base"), "--variant")])
+@pytest.mark.parametrize("options, word", [(dict(n_layer=0), "n_layer"), (dict(width=25), "width of 25"), (dict(rho_max=0.1), "--rho_max"),
+                                           (dict(n_head=7), "7 heads"), (dict(T_p=3), "--T_p"), (dict(variant="base"), "--variant"),
+                                           (dict(drop="most"), "drop"), (dict(patch=3), "patch 3"), (dict(time_width=7), "time_width")])
 def test_bad_model_options_are_one_sentence(toy, tmp_path, options, word):
     c = config(toy, tmp_path, "flow", options=options)
     with pytest.raises(data.DataError) as e:
