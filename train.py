@@ -546,8 +546,7 @@ def show(config, about, sizes, ema, folder, step, device):
             model = module.Model(sizes).to(device).eval()
             model.load_state_dict(weights)
             clips = open_clips(folder, "val")
-            settings = module.sampling_defaults(sizes, config.preset)
-            dreams = dream(model, tokenizer, clips, min(4, len(clips)), **settings)
+            dreams = dream(model, tokenizer, clips, min(4, len(clips)), **module.SAMPLING[config.preset])
             save_gif(picture_rows(dreams), f"{config.out}/samples/step_{step:06d}.gif", clips.hz)
         else:
             print(f"no sample pictures: {folder} has no val split, or --tokenizer is missing")

@@ -74,12 +74,6 @@ def clip_starts(segments, length):
     return clips.starts
 
 
-def points(m, S):
-    """2 d points whose mean is m and whose covariance is S."""
-    steps = np.linalg.cholesky(S).T * np.sqrt(len(m) - 0.5)
-    return m + np.concatenate([steps, -steps])
-
-
 def frechet(m1, S1, m2, S2):
     """evaluate.frechet takes features: here are some with exactly these means and covariances."""
     d = len(m1)
