@@ -97,6 +97,7 @@ def integrate(velocity, X_0, steps, method="euler", trace=None):
         u = velocity(X, t)
         if method == "midpoint":
             u = velocity(X + u * dt / 2, t + dt / 2)
+        # The next velocity is that at the new X, not at X_0: many small steps follow a curved flow.
         X = X + u * dt
         trace.append(X)
     return X
@@ -211,6 +212,7 @@ class FlowHWM(nn.Module):
         v_p, X_1 = self.standardise_latents(latents).split([c.T_p, c.T_f], dim=2)
         X_t = interpolate(X_0, X_1, t, c.sigma_min)
         V_t = target_velocity(X_0, X_1, c.sigma_min)
+        # The network is told the same time t at which X_t lies on the path.
         u = self.velocity(X_t, t, v_p, actions, draws["kept"])
         error = (u.float() - V_t).square().flatten(1).mean(dim=1)
         return error.sum(), torch.tensor(len(error), device=error.device)
