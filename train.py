@@ -59,7 +59,7 @@ class TrainConfig:
     warmup: int = knob(-1, "steps of linear warm-up; default: the preset's", low=0)
     decay: str = knob("", "how the rate falls to 0; default: the preset's", choices=("linear", "cosine"))
     weight_decay: float = knob(0.01, "of AdamW", low=0)
-    grad_clip: float = knob(1.0, "largest norm of the gradient", low=1e-9)
+    grad_clip: float = knob(1.0, "largest norm of the gradient", low=1e-12)
     ema: float = knob(0.999, "decay of the averaged weights, which are sampled from; 0: none", low=0, below=1)
     # speed and memory
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
