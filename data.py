@@ -21,6 +21,7 @@ gripper's 0..1], and "segment_ids": "per shard" if segment ids begin anew in eve
 import argparse
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -45,6 +47,7 @@ from tokenizer import to_uint8  # noqa: F401, the inverse of to_video, for those
 FRAMES, PAST, FUTURE = 17, 9, 8         # a clip is 9 past and 8 future frames, 1 + 2 x 8, so 3 latent frames
 VOCAB_SIZE = 64_000                     # of the 1X files (Cosmos DV): 8 * 8 * 8 * 5 * 5 * 5
 CLIPS_PER_SHARD = 256                   # of what `encode` writes
+ENOUGH = 5000                           # clips to train on, where recordings are so short that they overlap
 ARM = ("SHOULDER_PITCH", "SHOULDER_ROLL", "SHOULDER_YAW", "ELBOW_PITCH", "ELBOW_YAW", "WRIST_PITCH",
        "WRIST_ROLL")
 JOINTS = ("HIP_YAW", "HIP_ROLL", "HIP_PITCH", "KNEE_PITCH", "ANKLE_ROLL", "ANKLE_PITCH",
@@ -70,15 +73,22 @@ def reading(file, trouble="cannot be read", way_out="fetch or write it again"):
         raise
     except FileNotFoundError:
         raise DataError(f"{file} is missing: fetch it, or finish the command that writes it") from None
-    except ImportError:
-        raise DataError(f"{file} needs PyAV to be read: pip install av") from None
+    except ImportError as error:
+        raise DataError(f"{file} needs another package to be read: pip install {error.name}") from None
     except Exception as error:          # a damaged header can raise nearly anything
         why = " ".join(str(error).split())
         raise DataError(f"{file} {trouble} ({why:.300}): {way_out}") from None
 
+@functools.cache
+def say_once(sentence):
+    """Says what was chosen for the user, on rank 0, beside the output of `info --json`."""
+    if rank_and_world()[0] == 0:
+        print(sentence, file=sys.stderr)
+
 # What metadata files hold; other keys, and the items of lists, are checked where they are used.
 METADATA = {"num_shards": int, "num_images": int, "shard_num_frames": int, "action_dim": int,
-            "hz": (int, float), "names": list, "keep": list, "clip_shape": list, "tokenizer": dict}
+            "hz": (int, float), "names": list, "keep": list, "clip_shape": list, "tokenizer": dict,
+            "fps": (int, float), "chunks_size": int, "features": dict, "data_path": str}
 
 def read_json(file, *needed):
     """A metadata file as a dict that holds the needed keys, of METADATA's types; its numbers are positive."""
@@ -105,6 +115,8 @@ def split_folders(path):
     """{"train": folder, "val": folder} of a data folder, or the one split that `path` itself is."""
     path, found = os.fspath(path), {}
     check(os.path.isdir(path), f"{path} is no folder: give one that holds train_v2.0 and val_v2.0")
+    if is_lerobot(path):                                            # its reader divides the episodes
+        return {"train": path, "val": path}
     if os.path.exists(f"{path}/metadata.json"):
         # A link is judged by what it points to, and a robot called "valkyrie" is no validation split.
         name = os.path.basename(os.path.realpath(path))
@@ -113,8 +125,13 @@ def split_folders(path):
         spellings = [f"{path}/{split}_v2.0", f"{path}/{split}_v2.0_raw"]
         if any(map(os.path.isdir, spellings)):
             found[split] = only(spellings)
-    check(found, f"{path} holds neither train_v2.0, val_v2.0 nor metadata.json: give the folder above them")
+    check(found, f"{path} holds neither train_v2.0, val_v2.0, metadata.json nor meta/info.json: give the "
+                 "folder above them, or finish the download")
     return found
+
+def is_lerobot(path):
+    """Version 1 had its info.json elsewhere."""
+    return any(os.path.exists(f"{path}/{folder}/info.json") for folder in ("meta", "meta_data"))
 
 def split_folder(path, split):
     """The folder of one split; where `path` is the other split, the folder of the same spelling beside it."""
@@ -142,11 +159,11 @@ class Mp4:
     not come along, and closing would wait for them."""
     last = {}                           # process id -> (the Mp4 read last, time of its last frame, decoder)
 
-    def __init__(self, file, frames):
+    def __init__(self, file, frames=None):
         self.file, self.frames, self.times = file, frames, None
         with reading(file), self._open() as container:
             stream = container.streams.video[0]
-            self.shape = (frames, stream.height, stream.width, 3)
+            self.shape, self.tick = (frames, stream.height, stream.width, 3), float(stream.time_base)
 
     def _open(self):
         import av
@@ -160,7 +177,7 @@ class Mp4:
                 table = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(video=0)]
                 times, is_key, is_discarded = np.array(sorted(table[:-1])).T    # the last one has no time
                 self.times, self.keys = times[is_discarded == 0], times[is_key == 1]
-        check(len(self.times) == self.frames,
+        check(self.frames in (None, len(self.times)),
               f"{self.file} has {len(self.times)} frames, its states {self.frames}: fetch that shard again")
         return self
 
@@ -178,9 +195,10 @@ class Mp4:
                     out.append(np.rot90(pixels, frame.rotation // 90))
                 if frame.pts >= want[-1]:
                     break
-            out = np.stack(out).reshape(len(want), *self.shape[1:])
+            if len(out) < len(want):
+                raise ValueError(f"only {len(out)} of {len(want)} frames come")
             Mp4.last[os.getpid()] = self, frame.pts, decoder
-            return out
+            return np.stack(out)
 
     def _decode(self, key):
         """Yields the frames from the keyframe at time `key` on, in order of presentation."""
@@ -299,6 +317,187 @@ class Reader1X:
     def states(self, i):
         return open_array(self.state_files[i], "<f4", (self.lengths[i], len(self.names)))
 
+# ---- one split of a LeRobot dataset --------------------------------------------------------------
+
+SOURCE = {"camera": "of a LeRobot folder: which camera (default: the only one, or the head's)",
+          "fit": "crop: the centre square of its frames (default); pad: all of them, with black bars",
+          "actions": "observation.state (default), or action: commands, told where they take effect"}
+PARTS = {"base": r"base|wheel|odom|^(x|y|theta)\b", "head": "head|neck", "waist": "waist|torso|trunk",
+         "leg": "leg|hip|knee|ankle", "hand": "hand|grip|finger|thumb|index|middle|ring|pinky|claw", "arm": ""}
+
+class ReaderLeRobot:
+    """One split of a LeRobot dataset of version 2.0, 2.1 or 3.0 as it lies, see Reader1X. Every episode is a
+    shard and a recording; the last tenth of them, but at least one, is for validation.
+
+    camera    the feature of a camera or the last part of its name; by default the only one, or the head's
+    fit       "crop" takes the centre square of frames that are not square, "pad" adds black bars to them
+    actions   the feature with the states. What begins with "action" are commands: the command of frame k
+              takes effect at frame k + 1, whose state it is here; frame 0 of an episode is left out"""
+    kind, keep, vocab_size, segment_ids = "raw", (), VOCAB_SIZE, "global"
+
+    def __init__(self, path, split, camera="", fit="", actions=""):
+        self.path, self.tables, self.mp4s, self.videos = path, {}, {}, {}
+        self.file = f"{path}/meta/info.json"
+        if not os.path.exists(self.file):
+            self.file = f"{path}/meta_data/info.json"   # of version 1, which is refused
+        version = read_json(self.file).get("codebase_version")
+        check(version in ("v2.0", "v2.1", "v3.0"), f"{self.file} says codebase_version = {version!r}: bring the "
+                                                   "data to v2.1 or v3.0 with lerobot's own converters")
+        self.info = read_json(self.file, "fps", "features", "data_path")
+        self.hz, self.fit, self.column = float(self.info["fps"]), fit or "crop", actions or "observation.state"
+        self.late = int(self.column.startswith("action"))
+        check(self.fit in ("crop", "pad"), f"{path} cannot be read with --fit {fit}: give crop or pad")
+        with reading(self.file):
+            self.camera, self.names = self._find_camera(camera), self._find_names()
+            self._find_episodes(self._list_episodes(version), split)
+        self.meta = {"robot": self.info.get("robot_type") or "LeRobot", "num_images": sum(self.lengths),
+                     "opened": {"camera": self.camera, "fit": self.fit, "actions": self.column}}
+        for j, name in enumerate(map(str.lower, self.names)):
+            if name != f"state_{j}":                    # it has a name, and the name a group
+                part = next(part for part, words in PARTS.items() if re.search(words, name))
+                side = re.findall("left_|right_", f"{name.replace('left', 'left_').replace('right', 'right_')}")
+                self.meta.setdefault("groups", {}).setdefault("".join(side[:1]) + part, []).append(j)
+
+    def _find_camera(self, name):
+        """The feature of the camera. Of two on one head it is the first."""
+        features = [(key, about["dtype"]) for key, about in self.info["features"].items() if "depth" not in key]
+        cameras = [key for key, dtype in features if dtype == "video"]
+        check(cameras, f"{self.file} lists no video, and pictures are not read: write the set with use_videos")
+        found = [key for key in cameras if name in (key, key.rpartition(".")[2])]
+        if not name:
+            heads = [key for key in cameras if re.search("(?<![a-z])(head|ego)", key)]
+            found = heads or cameras[:len(cameras) == 1]
+        check(found, f"{self.file} lists the cameras {', '.join(cameras)}: give one of them as --camera")
+        return found[0]
+
+    def _find_names(self):
+        """Names of the states from their feature: [names], [[names]], {"motors": [names]} or {name: number}."""
+        about = self.info["features"].get(self.column, {})
+        check(len(about.get("shape", ())) == 1,
+              f"{self.file} lists no vectors {self.column}, only {[*self.info['features']]}: choose by --actions")
+        names = about.get("names") or []
+        if isinstance(names, dict):
+            names = [part for part in names.values() if isinstance(part, list)] or [*names]
+        names = [name for part in names for name in (part if isinstance(part, list) else [part])]
+        if len(names) != about["shape"][0]:
+            names = [f"STATE_{j}" for j in range(about["shape"][0])]
+        return tuple(f"{name}_{j}" if names.count(name) > 1 else name for j, name in enumerate(names))
+
+    def _list_episodes(self, version):
+        """A dict for every episode, in order of their numbers: their length, and in v3.0 where they are."""
+        files, rows = [f"{self.path}/meta/episodes.jsonl"], []
+        if version == "v3.0":
+            files = sorted(map(str, pathlib.Path(self.path, "meta/episodes").rglob("*.parquet")))
+            check(files, f"{self.path}/meta/episodes holds no parquet file: finish the download")
+        fields = ["chunk_index", "file_index", "from_timestamp", "to_timestamp"]
+        columns = [f"{place}/{field}" for place in ("data", f"videos/{self.camera}") for field in fields]
+        for file in files:
+            with reading(file):
+                if version == "v3.0":
+                    rows += read_parquet(file, ["episode_index", "length", *columns]).to_pylist()
+                else:
+                    rows += map(json.loads, pathlib.Path(file).read_text().splitlines())
+                rows.sort(key=lambda row: row["episode_index"])
+                found = {"total_episodes": len(rows), "total_frames": sum(row["length"] for row in rows)}
+        for key, number in found.items():
+            want = self.info.get(key, number)
+            check(number == want, f"{file} ends at {key} = {number}, {self.file} says {want}: finish the download")
+        return rows
+
+    def _find_episodes(self, rows, split):
+        rows = [row for row in rows if row["length"] > self.late]
+        n_val = max(1, len(rows) // 10)
+        check(len(rows) > n_val, f"{self.path} has {len(rows)} episode, and validation needs one: record more")
+        say_once(f"{self.path}: camera {self.camera} ({self.fit}), states {self.column}; for validation are the "
+                 f"last {n_val} of {len(rows)} episodes, from episode {rows[-n_val]['episode_index']} on")
+        self.rows = rows = rows[-n_val:] if split == "val" else rows[:-n_val]
+        self.lengths = [row["length"] - self.late for row in rows]
+        self.edges = np.cumsum([0, *self.lengths])
+        self.files = [self._locate("video_path", f"videos/{self.camera}", row) for row in rows]
+        self.tables_of = [self._locate("data_path", "data", row) for row in rows]
+        self.state_files = [f"{file} (episode {row['episode_index']})" for file, row in zip(self.tables_of, rows)]
+
+    def _locate(self, key, place, row):
+        """The file of an episode: version 2 counts episodes, version 3 says chunk and file of each."""
+        fields = {field: row.get(f"{place}/{field}") for field in ("chunk_index", "file_index")}
+        number = fields["episode_index"] = row["episode_index"]
+        fields["episode_chunk"] = number // self.info.get("chunks_size", 1000)
+        file = os.path.join(self.path, self.info[key].format(video_key=self.camera, **fields))
+        check(os.path.exists(file), f"{file} is missing: finish the download")
+        return file
+
+    def rows_of(self, i):
+        """Times in seconds (n,) and states (n, A) of all rows of episode i, in the order of their times."""
+        file, number, n = self.tables_of[i], self.rows[i]["episode_index"], self.rows[i]["length"]
+        if file not in self.tables:
+            with reading(file):
+                columns = ["episode_index", "timestamp", self.column]
+                table = read_parquet(file, columns)     # in the file's order
+                episodes, times, states = (np.array(table[name].to_pylist()) for name in columns)
+                states = np.float32(states).reshape(-1, len(self.names))
+                order = np.lexsort([times, episodes])
+                self.tables[file] = episodes[order], times[order], states[order]
+        episodes, times, states = self.tables[file]
+        own = slice(*np.searchsorted(episodes, [number, number + 1]))
+        times, states = times[own], states[own]
+        check(len(times) == n, f"{self.state_files[i]} has {len(times)} rows, not {n}: fetch that file again")
+        odd = np.flatnonzero(abs(np.diff(times) * self.hz - 1) >= 0.5)
+        check(not len(odd), f"{self.state_files[i]} has a missing or doubled row after row {odd[:1]}, since its "
+                            f"timestamps are no {self.hz:g} Hz: fetch or record that episode again")
+        return times, states
+
+    def states(self, i):
+        return self.rows_of(i)[1][:self.lengths[i]]
+
+    def video(self, i):
+        if i not in self.videos:
+            if self.files[i] not in self.mp4s:
+                self.mp4s[self.files[i]] = Mp4(self.files[i])       # with its times, for all episodes in it
+            self.videos[i] = EpisodeVideo(self, i, self.mp4s[self.files[i]])
+        return self.videos[i]
+
+class EpisodeVideo:
+    """The square frames of an episode: `video[array of numbers]` -> uint8 (n, S, S, 3). The plain way would be
+    to count frames from the episode's first on, but that goes on in silence after a missing or doubled one."""
+
+    def __init__(self, reader, i, mp4):
+        self.reader, self.i, self.mp4, self.numbers = reader, i, mp4, None
+        side = (max if reader.fit == "pad" else min)(mp4.shape[1:3])
+        self.shape = (reader.lengths[i], side, side, 3)
+
+    def index(self):
+        """Fills `numbers`, those of the episode's frames in the file: the frame of each row is the one at its
+        time, or less than half a frame before or after it, and there are no others."""
+        if self.numbers is None:
+            reader, row = self.reader, self.reader.rows[self.i]
+            start, stop = (row.get(f"videos/{reader.camera}/{end}_timestamp") for end in ("from", "to"))
+            half, seconds = 0.5 / reader.hz, self.mp4.index().times * self.mp4.tick
+            want = (start or 0) + reader.rows_of(self.i)[0]
+            first, last = np.searchsorted(seconds, [want[0] - half, (stop or np.inf) - half])
+            n = min(last - first, len(want))
+            agree = abs(seconds[first:first + n] - want[:n]) < half
+            until = want[0] + agree.cumprod().sum() / reader.hz
+            check(agree.all() and last - first == len(want),
+                  f"{self.mp4.file} has {last - first} frames of episode {row['episode_index']}, and its states "
+                  f"{len(want)} rows; their times agree until {until:.3f} s, where a frame is missing or doubled, "
+                  "or at the end: fetch or record that episode again")
+            self.numbers = np.arange(first, last)[reader.late:]
+        return self.numbers
+
+    def __getitem__(self, frames):
+        video, side = self.mp4[self.index()[frames]], self.shape[1]
+        top, left = (abs(n - side) // 2 for n in video.shape[1:3])
+        if self.reader.fit == "crop":
+            return video[:, top:top + side, left:left + side]
+        square = np.zeros((len(video), side, side, 3), np.uint8)
+        square[:, top:top + video.shape[1], left:left + video.shape[2]] = video
+        return square
+
+def read_parquet(file, columns):
+    from pyarrow import parquet
+    return parquet.ParquetFile(file).read(columns)
+
+
 # ---- clips ---------------------------------------------------------------------------------------
 
 class Clips(torch.utils.data.Dataset):
@@ -324,12 +523,12 @@ class Clips(torch.utils.data.Dataset):
         else:                                                       # as `encode` chose
             frames, stride, frame_stride, self.shape = FRAMES, None, 1, reader.shape
         self.frames, self.frame_stride, self.hz = frames, frame_stride, reader.hz / frame_stride
-        self._find_clips(stride or frames * frame_stride)
+        self.find_clips(stride or frames * frame_stride)
         if self.kind != "raw":                                      # a first look; the rest when it is read
             for i, k in itertools.product(range(len(reader.lengths)), (0, -1)):
                 self.stored(i, k)
 
-    def _find_clips(self, step):
+    def find_clips(self, step):
         """Raw windows begin every `step` frames of a recording, stored clips every 17 frames of a shard."""
         span = (self.frames - 1) * self.frame_stride + 1            # from a clip's first frame to its last
         bounds = self.edges if self.kind == "raw" else self.bounds
@@ -404,7 +603,19 @@ class Clips(torch.utils.data.Dataset):
         parts = self._by_shard(self._frames(i))
         return " and ".join(f"shard {shard}, frames {local[0]}..{local[-1]}" for shard, local in parts)
 
-def open_clips(path, split="train", frames=FRAMES, stride=None, size=None, frame_stride=1):
+def add_source_flags(parser):
+    for name, help in SOURCE.items():
+        parser.add_argument(f"--{name}", default="", help=help)
+
+def open_reader(folder, split, **source):
+    """The reader of one split. `source` chooses among what a LeRobot dataset holds several of."""
+    if is_lerobot(folder):
+        return ReaderLeRobot(folder, split, **source)
+    for key, value in source.items():
+        check(not value, f"{folder} is no LeRobot dataset, to which --{key} {value} belongs: leave it out")
+    return Reader1X(folder)
+
+def open_clips(path, split="train", frames=FRAMES, stride=None, size=None, frame_stride=1, **source):
     """The clips of one split of a data folder, a map-style dataset; DataError for anything inconsistent.
 
     clips[i] -> {"video": raw uint8 (F, H, W, 3) | ids int64 (T, H, W) | latents float32 (C, T, H, W),
@@ -414,10 +625,11 @@ def open_clips(path, split="train", frames=FRAMES, stride=None, size=None, frame
     frame_stride  takes every n-th frame and, alike, every n-th action
     stride        frames from one window's start to the next; by default windows do not overlap
     size          raw frames are resized to size x size, antialiased
+    source        camera, fit and actions, see ReaderLeRobot
     Token and latent files hold a clip per 17 frames; `encode` chose their stride, size and frame_stride."""
     for key, value in dict(frames=frames, stride=stride, size=size, frame_stride=frame_stride).items():
         check(value is None or value > 0, f"{path}: {key} is {value!r}: give a positive whole number")
-    clips = Clips(Reader1X(split_folder(path, split)), frames, stride, size, frame_stride)
+    clips = Clips(open_reader(split_folder(path, split), split, **source), frames, stride, size, frame_stride)
     # Tokenizers take 1 + 8n frames and a size of 8n.
     for key, value, rest in (("frames", frames, 1), ("size", getattr(clips, "size", 8), 0)):
         below = value - (value - rest) % 8
@@ -568,10 +780,30 @@ def synth(out, **options):
 
 # ---- encoding raw video with a tokenizer ---------------------------------------------------------
 
+def training_stride(clips):
+    """Frames from one training clip to the next, so that there are about ENOUGH clips: of little data they
+    overlap, for a model memorises clips that it sees too often."""
+    return int(np.clip(clips.edges[-1] // ENOUGH, 1, FRAMES * clips.frame_stride))
+
+def made_of(clips):
+    """A hash of recordings: all states, and of each video's file its length, begin, middle and end."""
+    found = hashlib.sha256(repr([*clips.edges]).encode())
+    for i in range(len(clips.reader.lengths)):
+        found.update(np.ascontiguousarray(clips.reader.states(i)))
+    for file in dict.fromkeys(clips.reader.files):
+        with reading(file), open(file, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            for place in (0, size // 2, max(0, size - 65536)):
+                f.seek(place)
+                found.update(f.read(65536) + b"%d" % size)
+    return found.hexdigest()
+
 def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, splits=("train", "val"),
-           batch=8, device=None, progress=True):
+           batch=8, device=None, progress=True, **source):
     """Raw video -> a data folder of ids (int32) or latents (float16), which is read like the 1X set.
 
+    Training clips begin `stride` frames apart, by default as `training_stride` says; those for validation
+    never overlap. `source` is camera, fit and actions, see ReaderLeRobot.
     Under torchrun shard j belongs to rank j mod WORLD_SIZE. A shard is written whole or not at all and always
     in the same batches, so a run that was killed goes on where it was and ends in the same bytes."""
     check(batch > 0, f"{out} cannot be made in batches of {batch}: give a positive --batch")
@@ -587,10 +819,13 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
     # 2. Split by split.
     for split in split_folders(data):
         if split in splits:
-            clips = open_clips(data, split, stride=stride, size=size, frame_stride=frame_stride)
+            clips = open_clips(data, split, size=size, frame_stride=frame_stride, **source)
             check(clips.kind == "raw", f"{clips.path} is tokenized already: give the folder of raw video")
-            encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, stride or FRAMES * frame_stride,
-                         batch, device, progress)
+            apart = FRAMES * frame_stride
+            if split == "train":
+                apart = stride or training_stride(clips)
+            clips.find_clips(apart)
+            encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, apart, batch, device, progress)
     return out
 
 def encode_split(clips, folder, tokenizer, about, stride, batch, device, progress):
@@ -625,8 +860,9 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
     # 3. What metadata.json says. Clips of another stride do not follow one another: they are `windows`.
     layout = {"source": os.path.abspath(clips.path), "size": clips.size, "stride": stride,
               "frame_stride": clips.frame_stride}
-    if "robot" in clips.meta:
-        layout["robot"] = clips.meta["robot"]
+    for key in ("robot", "velocities", "groups", "opened"):
+        if key in clips.meta:
+            layout[key] = clips.meta[key]
 
     def meta():
         found = {"num_shards": len(shards), "query": None, "hz": clips.hz, "num_images": len(clips) * FRAMES,
@@ -644,16 +880,20 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
 
     # 4. A cache and its source may move together, so settings.json holds the way from one to the other.
     settings = {**layout, "clips": len(clips), "batch": batch, "tokenizer_sha256": about["sha256"],
-                "source": os.path.relpath(clips.path, folder)}
+                "source": os.path.relpath(clips.path, folder), "source_sha256": made_of(clips)}
+    if not quiet:
+        print(f"{folder}: {len(clips)} clips, one every {stride} frames, of {clips.edges[-1]} frames, in "
+              f"{sum(map(sum, map(shard_bytes, range(len(shards))))) / 1e9:.3g} GB")
     units = [(j, len(ids)) for j, ids in enumerate(shards)]
     make_split(folder, settings, units, make_shard, meta, shard_bytes, rank_and_world(), progress, "clip",
                "encoding")
 
-def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=False, device="cpu", say=print):
+def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=False, device="cpu", say=print,
+                 stride=None, **source):
     """Makes what is missing to train on latents of this kind; returns (their folder, their tokenizer's path).
 
     Without `data` the built-in robot is drawn and encoded; raw video in `data` is encoded if `encode_raw` is
-    True. Under torchrun rank 0 draws, and all ranks encode their shards."""
+    True, with `stride` and `source` as `encode` takes them. Under torchrun rank 0 draws, and all ranks encode their shards."""
     def wait_for_all():
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
@@ -666,7 +906,7 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
     if not data and rank == 0:
         synth(folder, frames=robot_frames)
     wait_for_all()
-    clips = open_clips(folder, "train")
+    clips = open_clips(folder, "train", **source)
     # 2. Raw video becomes latents beside it.
     if clips.kind == "raw":
         cache = f"{folder.rstrip('/')}_{kind}"
@@ -674,8 +914,8 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
               f"{folder} holds raw video: add --encode to have it encoded, or run `python data.py encode "
               f"--data {folder} --tokenizer {encoder} --out {cache}` and train on that")
         say(f"encoding {folder} with {encoder} into {cache}")
-        for split, stride in (("train", None if data else ROBOT_STRIDE), ("val", None)):
-            encode(folder, encoder, cache, stride=stride, splits=(split,), device=device, progress=rank == 0)
+        encode(folder, encoder, cache, stride=stride if data else ROBOT_STRIDE, device=device,
+               progress=rank == 0, **source)
         wait_for_all()
         folder, clips = cache, open_clips(cache, "train")
     # 3. Latents must be of the model's kind, and of the tokenizer that is asked for.
@@ -689,15 +929,16 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
 
 # ---- what a folder holds -------------------------------------------------------------------------
 
-def info(path):
+def info(path, **source):
     """Reads all of a data folder but the pixels: counts, what the clips leave out, ranges of the states."""
-    splits = {split: Clips(Reader1X(folder)) for split, folder in split_folders(path).items()}
+    splits = {split: Clips(open_reader(folder, split, **source))
+              for split, folder in split_folders(path).items()}
     first, found, blocks, counts, dropped = [*splits.values()][0], {}, [], Counter(), Counter()
     for split, clips in splits.items():
         # 1. What opening does not look at: all ids or latents, and how many frames a video has.
         for i, n in enumerate(clips.reader.lengths):
             video = clips.reader.video(i)
-            if isinstance(video, Mp4):
+            if isinstance(video, (Mp4, EpisodeVideo)):
                 video.index()
             for k in range(0 if clips.kind == "raw" else len(video)):
                 clips.stored(i, k)
@@ -720,19 +961,21 @@ def info(path):
             "clip_shape": list(first.shape), **counts, "dropped": dropped, "splits": found, "states": states,
             "constant": [first.names[j] for j in np.flatnonzero(is_constant(low, high))]}
 
-def print_info(found):
-    print(f"{found['path']}: {found['kind']}, a clip's video is {tuple(found['clip_shape'])}, "
-          f"{found['hz']:g} Hz, {found['action_dim']} states a frame")
+def describe(found):
+    """What `info` found, in lines of text."""
+    lines = [f"{found['path']}: {found['kind']}, a clip's video is {tuple(found['clip_shape'])}, "
+             f"{found['hz']:g} Hz, {found['action_dim']} states a frame"]
     for split, s in found["splits"].items():
         left = ", ".join(f"{n} {what}" for what, n in s["dropped"].items() if n) or "nothing"
-        print(f"  {split:5} {s['clips']} usable clips of {FRAMES} frames; "
-              f"{s['frames']} frames in {s['shards']} shards; left out: {left}")
+        lines.append(f"  {split:5} {s['clips']} usable clips of {FRAMES} frames; "
+                     f"{s['frames']} frames in {s['shards']} shards; left out: {left}")
         if s["segment_ids"] != "global" and s["shards"] > 1:
-            print("        segment ids begin anew in every shard: no recording runs on into the next shard")
-    print(f"  {'state':22}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}")
+            lines.append("        segment ids begin anew in every shard: no recording runs on into the next")
+    lines.append(f"  {'state':22}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}")
     for name, s in found["states"].items():
         values = "".join(f"{x:10.3f}" for x in s.values())
-        print(f"  {name:22}{values}" + "  constant" * (name in found["constant"]))
+        lines.append(f"  {name:22}{values}" + "  constant" * (name in found["constant"]))
+    return "\n".join(lines)
 
 def walk():
     """Prints what a clip is, from a few frames of the built-in robot."""
@@ -783,11 +1026,13 @@ def main(argv=None):
                             epilog="example: python data.py info data/robot --json")
     p.add_argument("path", metavar="DIR")
     p.add_argument("--json", action="store_true", help="print one JSON object")
+    for p in (commands.choices["encode"], commands.choices["info"]):
+        add_source_flags(p)
     options = vars(parser.parse_args(argv))
     run = options.pop("command")
     if run == "info":
-        found = info(options["path"])
-        print(json.dumps(found)) if options["json"] else print_info(found)
+        show = json.dumps if options.pop("json") else describe
+        print(show(info(**options)))
     else:
         {None: walk, "synth": synth, "encode": encode}[run](**options)
 
