@@ -129,9 +129,12 @@ def split_folders(path):
                  "folder above them, or finish the download")
     return found
 
+def info_files(path):
+    """What makes a folder a LeRobot dataset, of version 2 or 3, and of version 1, which is refused."""
+    return [f"{path}/meta/info.json", f"{path}/meta_data/info.json"]
+
 def is_lerobot(path):
-    """Version 1 had its info.json elsewhere."""
-    return any(os.path.exists(f"{path}/{folder}/info.json") for folder in ("meta", "meta_data"))
+    return any(map(os.path.exists, info_files(path)))
 
 def split_folder(path, split):
     """The folder of one split; where `path` is the other split, the folder of the same spelling beside it."""
@@ -322,8 +325,8 @@ class Reader1X:
 SOURCE = {"camera": "of a LeRobot folder: which camera (default: the only one, or the head's)",
           "fit": "crop: the centre square of its frames (default); pad: all of them, with black bars",
           "actions": "observation.state (default), or action: commands, told where they take effect"}
-PARTS = {"base": r"base|wheel|odom|^(x|y|theta)\b", "head": "head|neck", "waist": "waist|torso|trunk",
-         "leg": "leg|hip|knee|ankle", "hand": "hand|grip|finger|thumb|index|middle|ring|pinky|claw", "arm": ""}
+PARTS = {"base": r"base|wheel|odom|linear|angular|^(x|y|theta)\b", "head": "head|neck", "arm": "",
+         "waist": "waist|torso|trunk", "leg": "leg|hip|knee|ankle", "hand": "hand|grip|finger|thumb|claw"}
 
 class ReaderLeRobot:
     """One split of a LeRobot dataset of version 2.0, 2.1 or 3.0 as it lies, see Reader1X. Every episode is a
@@ -335,28 +338,25 @@ class ReaderLeRobot:
               takes effect at frame k + 1, whose state it is here; frame 0 of an episode is left out"""
     kind, keep, vocab_size, segment_ids = "raw", (), VOCAB_SIZE, "global"
 
-    def __init__(self, path, split, camera="", fit="", actions=""):
-        self.path, self.tables, self.mp4s, self.videos = path, {}, {}, {}
-        self.file = f"{path}/meta/info.json"
-        if not os.path.exists(self.file):
-            self.file = f"{path}/meta_data/info.json"   # of version 1, which is refused
+    def __init__(self, path, split, camera="", fit="crop", actions="observation.state"):
+        self.path, self.column, self.fit, self.late = path, actions, fit, int(actions.startswith("action"))
+        self.tables, self.mp4s, self.file = {}, {}, only(info_files(path))
         version = read_json(self.file).get("codebase_version")
         check(version in ("v2.0", "v2.1", "v3.0"), f"{self.file} says codebase_version = {version!r}: bring the "
                                                    "data to v2.1 or v3.0 with lerobot's own converters")
+        check(fit in ("crop", "pad"), f"{path} cannot be read with --fit {fit}: give crop or pad")
         self.info = read_json(self.file, "fps", "features", "data_path")
-        self.hz, self.fit, self.column = float(self.info["fps"]), fit or "crop", actions or "observation.state"
-        self.late = int(self.column.startswith("action"))
-        check(self.fit in ("crop", "pad"), f"{path} cannot be read with --fit {fit}: give crop or pad")
+        self.hz = float(self.info["fps"])
         with reading(self.file):
             self.camera, self.names = self._find_camera(camera), self._find_names()
-            self._find_episodes(self._list_episodes(version), split)
-        self.meta = {"robot": self.info.get("robot_type") or "LeRobot", "num_images": sum(self.lengths),
-                     "opened": {"camera": self.camera, "fit": self.fit, "actions": self.column}}
+            self._find_episodes(self._list_episodes(version == "v3.0"), split)
+        self.meta = {"robot": self.info.get("robot_type") or "LeRobot",
+                     "opened": {"camera": self.camera, "fit": fit, "actions": actions}}
         for j, name in enumerate(map(str.lower, self.names)):
-            if name != f"state_{j}":                    # it has a name, and the name a group
-                part = next(part for part, words in PARTS.items() if re.search(words, name))
-                side = re.findall("left_|right_", f"{name.replace('left', 'left_').replace('right', 'right_')}")
-                self.meta.setdefault("groups", {}).setdefault("".join(side[:1]) + part, []).append(j)
+            if name != f"state_{j}":                    # a name that says its group
+                part = [part for part, words in PARTS.items() if words and re.search(words, name)] or ["arm"]
+                group = "_".join([*re.findall("left|right", name), part[0]])
+                self.meta.setdefault("groups", {}).setdefault(group, []).append(j)
 
     def _find_camera(self, name):
         """The feature of the camera. Of two on one head it is the first."""
@@ -372,40 +372,39 @@ class ReaderLeRobot:
 
     def _find_names(self):
         """Names of the states from their feature: [names], [[names]], {"motors": [names]} or {name: number}."""
-        about = self.info["features"].get(self.column, {})
-        check(len(about.get("shape", ())) == 1,
+        about = self.info["features"].get(self.column, {"shape": ()})
+        check(len(about["shape"]) == 1,
               f"{self.file} lists no vectors {self.column}, only {[*self.info['features']]}: choose by --actions")
         names = about.get("names") or []
         if isinstance(names, dict):
-            names = [part for part in names.values() if isinstance(part, list)] or [*names]
-        names = [name for part in names for name in (part if isinstance(part, list) else [part])]
+            names = [part for part in names.values() if isinstance(part, list)] or names
+        names = [name for part in names for name in np.atleast_1d(part).tolist()]
         if len(names) != about["shape"][0]:
             names = [f"STATE_{j}" for j in range(about["shape"][0])]
         return tuple(f"{name}_{j}" if names.count(name) > 1 else name for j, name in enumerate(names))
 
-    def _list_episodes(self, version):
+    def _list_episodes(self, is_v3):
         """A dict for every episode, in order of their numbers: their length, and in v3.0 where they are."""
         files, rows = [f"{self.path}/meta/episodes.jsonl"], []
-        if version == "v3.0":
+        if is_v3:
             files = sorted(map(str, pathlib.Path(self.path, "meta/episodes").rglob("*.parquet")))
-            check(files, f"{self.path}/meta/episodes holds no parquet file: finish the download")
         fields = ["chunk_index", "file_index", "from_timestamp", "to_timestamp"]
         columns = [f"{place}/{field}" for place in ("data", f"videos/{self.camera}") for field in fields]
         for file in files:
             with reading(file):
-                if version == "v3.0":
+                if is_v3:
                     rows += read_parquet(file, ["episode_index", "length", *columns]).to_pylist()
                 else:
                     rows += map(json.loads, pathlib.Path(file).read_text().splitlines())
-                rows.sort(key=lambda row: row["episode_index"])
-                found = {"total_episodes": len(rows), "total_frames": sum(row["length"] for row in rows)}
-        for key, number in found.items():
+                frames = sum(row["length"] for row in rows)
+        check(rows, f"{self.path}/meta/episodes lists no episode: finish the download")
+        for key, number in (("total_episodes", len(rows)), ("total_frames", frames)):
             want = self.info.get(key, number)
             check(number == want, f"{file} ends at {key} = {number}, {self.file} says {want}: finish the download")
-        return rows
+        rows.sort(key=lambda row: row["episode_index"])
+        return [row for row in rows if row["length"] > self.late]
 
     def _find_episodes(self, rows, split):
-        rows = [row for row in rows if row["length"] > self.late]
         n_val = max(1, len(rows) // 10)
         check(len(rows) > n_val, f"{self.path} has {len(rows)} episode, and validation needs one: record more")
         say_once(f"{self.path}: camera {self.camera} ({self.fit}), states {self.column}; for validation are the "
@@ -414,8 +413,8 @@ class ReaderLeRobot:
         self.lengths = [row["length"] - self.late for row in rows]
         self.edges = np.cumsum([0, *self.lengths])
         self.files = [self._locate("video_path", f"videos/{self.camera}", row) for row in rows]
-        self.tables_of = [self._locate("data_path", "data", row) for row in rows]
-        self.state_files = [f"{file} (episode {row['episode_index']})" for file, row in zip(self.tables_of, rows)]
+        self.state_files = [f"{self._locate('data_path', 'data', row)}, episode {row['episode_index']},"
+                            for row in rows]
 
     def _locate(self, key, place, row):
         """The file of an episode: version 2 counts episodes, version 3 says chunk and file of each."""
@@ -428,61 +427,56 @@ class ReaderLeRobot:
 
     def rows_of(self, i):
         """Times in seconds (n,) and states (n, A) of all rows of episode i, in the order of their times."""
-        file, number, n = self.tables_of[i], self.rows[i]["episode_index"], self.rows[i]["length"]
+        row, columns = self.rows[i], ["episode_index", "timestamp", self.column]
+        file = self._locate("data_path", "data", row)
         if file not in self.tables:
             with reading(file):
-                columns = ["episode_index", "timestamp", self.column]
-                table = read_parquet(file, columns)     # in the file's order
+                table = read_parquet(file, columns)     # which come in the file's order
                 episodes, times, states = (np.array(table[name].to_pylist()) for name in columns)
                 states = np.float32(states).reshape(-1, len(self.names))
                 order = np.lexsort([times, episodes])
                 self.tables[file] = episodes[order], times[order], states[order]
         episodes, times, states = self.tables[file]
-        own = slice(*np.searchsorted(episodes, [number, number + 1]))
+        own = slice(*np.searchsorted(episodes, [row["episode_index"], row["episode_index"] + 1]))
         times, states = times[own], states[own]
-        check(len(times) == n, f"{self.state_files[i]} has {len(times)} rows, not {n}: fetch that file again")
-        odd = np.flatnonzero(abs(np.diff(times) * self.hz - 1) >= 0.5)
-        check(not len(odd), f"{self.state_files[i]} has a missing or doubled row after row {odd[:1]}, since its "
-                            f"timestamps are no {self.hz:g} Hz: fetch or record that episode again")
+        even = abs(np.diff(times) * self.hz - 1) < 0.5
+        check(even.all() and len(times) == row["length"], f"{self.state_files[i]} has {len(times)} rows of "
+              f"{row['length']}, at {self.hz:g} Hz until row {even.cumprod().sum()}: a row is missing or doubled "
+              "there or at the end, so fetch or record that episode again")
         return times, states
 
     def states(self, i):
         return self.rows_of(i)[1][:self.lengths[i]]
 
     def video(self, i):
-        if i not in self.videos:
-            if self.files[i] not in self.mp4s:
-                self.mp4s[self.files[i]] = Mp4(self.files[i])       # with its times, for all episodes in it
-            self.videos[i] = EpisodeVideo(self, i, self.mp4s[self.files[i]])
-        return self.videos[i]
+        if self.files[i] not in self.mp4s:
+            self.mp4s[self.files[i]] = Mp4(self.files[i])           # with its times, for all episodes in it
+        return EpisodeVideo(self, i, self.mp4s[self.files[i]])
 
 class EpisodeVideo:
     """The square frames of an episode: `video[array of numbers]` -> uint8 (n, S, S, 3). The plain way would be
     to count frames from the episode's first on, but that goes on in silence after a missing or doubled one."""
 
     def __init__(self, reader, i, mp4):
-        self.reader, self.i, self.mp4, self.numbers = reader, i, mp4, None
+        self.reader, self.i, self.mp4 = reader, i, mp4
         side = (max if reader.fit == "pad" else min)(mp4.shape[1:3])
         self.shape = (reader.lengths[i], side, side, 3)
 
     def index(self):
-        """Fills `numbers`, those of the episode's frames in the file: the frame of each row is the one at its
-        time, or less than half a frame before or after it, and there are no others."""
-        if self.numbers is None:
-            reader, row = self.reader, self.reader.rows[self.i]
-            start, stop = (row.get(f"videos/{reader.camera}/{end}_timestamp") for end in ("from", "to"))
-            half, seconds = 0.5 / reader.hz, self.mp4.index().times * self.mp4.tick
-            want = (start or 0) + reader.rows_of(self.i)[0]
-            first, last = np.searchsorted(seconds, [want[0] - half, (stop or np.inf) - half])
-            n = min(last - first, len(want))
-            agree = abs(seconds[first:first + n] - want[:n]) < half
-            until = want[0] + agree.cumprod().sum() / reader.hz
-            check(agree.all() and last - first == len(want),
-                  f"{self.mp4.file} has {last - first} frames of episode {row['episode_index']}, and its states "
-                  f"{len(want)} rows; their times agree until {until:.3f} s, where a frame is missing or doubled, "
-                  "or at the end: fetch or record that episode again")
-            self.numbers = np.arange(first, last)[reader.late:]
-        return self.numbers
+        """The numbers of the frames in the file: that of a row is at its time, or less than half a frame
+        before or after it, and there are no others."""
+        reader, row = self.reader, self.reader.rows[self.i]
+        start, stop = (row.get(f"videos/{reader.camera}/{end}_timestamp") for end in ("from", "to"))
+        half, seconds = 0.5 / reader.hz, self.mp4.index().times * self.mp4.tick
+        want = (start or 0) + reader.rows_of(self.i)[0]
+        first, last = np.searchsorted(seconds, [want[0] - half, (stop or np.inf) - half])
+        n = min(last - first, len(want))
+        agree = abs(seconds[first:first + n] - want[:n]) < half
+        until = want[0] + agree.cumprod().sum() / reader.hz
+        check(agree.all() and last - first == len(want), f"{self.mp4.file} has {last - first} frames for the "
+              f"{len(want)} rows of episode {row['episode_index']}, at their times until {until:.3f} s: a frame "
+              "is missing or doubled there or at the end, so fetch or record that episode again")
+        return np.arange(first, last)[reader.late:]
 
     def __getitem__(self, frames):
         video, side = self.mp4[self.index()[frames]], self.shape[1]
@@ -496,7 +490,6 @@ class EpisodeVideo:
 def read_parquet(file, columns):
     from pyarrow import parquet
     return parquet.ParquetFile(file).read(columns)
-
 
 # ---- clips ---------------------------------------------------------------------------------------
 
@@ -610,7 +603,7 @@ def add_source_flags(parser):
 def open_reader(folder, split, **source):
     """The reader of one split. `source` chooses among what a LeRobot dataset holds several of."""
     if is_lerobot(folder):
-        return ReaderLeRobot(folder, split, **source)
+        return ReaderLeRobot(folder, split, **{key: value for key, value in source.items() if value})
     for key, value in source.items():
         check(not value, f"{folder} is no LeRobot dataset, to which --{key} {value} belongs: leave it out")
     return Reader1X(folder)

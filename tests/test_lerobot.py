@@ -352,7 +352,7 @@ BROKEN = {
     "one episode": (lambda f: (write("meta/episodes.jsonl", '{"episode_index": 0, "length": 40}')(f), set_info(f, total_episodes=1, total_frames=40)),
                     "1 episode", "record"),
     "a row missing": (drop_row, "episode_000000.parquet", "39 rows"),
-    "a row doubled": (change_column("timestamp", set_item(9, 8 / FPS)), "episode_000000.parquet", "doubled row"),
+    "a row doubled": (change_column("timestamp", set_item(9, 8 / FPS)), "episode_000000.parquet", "30 Hz until row 8"),
     "rows of another rate": (change_column("timestamp", lambda v: v.__setitem__(slice(None), [2 * x for x in v])), "episode_000000.parquet", "30 Hz"),
     "NaN": (change_column("observation.state", set_state), "episode_000000.parquet", "not finite at frames [7]"),
     "a state too few": (lambda f: set_info(f, features=lambda x: {**x, "observation.state": {"dtype": "float32", "shape": [13]}}),
