@@ -325,8 +325,8 @@ class Reader1X:
 SOURCE = {"camera": "of a LeRobot folder: which camera (default: the only one, or the head's)",
           "fit": "crop: the centre square of its frames (default); pad: all of them, with black bars",
           "actions": "observation.state (default), or action: commands, told where they take effect"}
-PARTS = {"base": r"base|wheel|odom|linear|angular|^(x|y|theta)\b", "head": "head|neck", "arm": "",
-         "waist": "waist|torso|trunk", "leg": "leg|hip|knee|ankle", "hand": "hand|grip|finger|thumb|claw"}
+PARTS = {"base": r"base|wheel|odom|linear|angular|^(x|y|theta)\b", "head": "head|neck",    # the first counts
+         "waist": "waist|torso", "leg": "leg|hip|knee|ankle", "hand": "hand|grip|finger|claw", "arm": ""}
 
 class ReaderLeRobot:
     """One split of a LeRobot dataset of version 2.0, 2.1 or 3.0 as it lies, see Reader1X. Every episode is a
@@ -342,8 +342,8 @@ class ReaderLeRobot:
         self.path, self.column, self.fit, self.late = path, actions, fit, int(actions.startswith("action"))
         self.tables, self.mp4s, self.file = {}, {}, only(info_files(path))
         version = read_json(self.file).get("codebase_version")
-        check(version in ("v2.0", "v2.1", "v3.0"), f"{self.file} says codebase_version = {version!r}: bring the "
-                                                   "data to v2.1 or v3.0 with lerobot's own converters")
+        check(version in ("v2.0", "v2.1", "v3.0"), f"{self.file} says codebase_version = {version!r}: bring "
+                                                   "the data to v2.1 or v3.0 with lerobot's own converters")
         check(fit in ("crop", "pad"), f"{path} cannot be read with --fit {fit}: give crop or pad")
         self.info = read_json(self.file, "fps", "features", "data_path")
         self.hz = float(self.info["fps"])
@@ -354,15 +354,15 @@ class ReaderLeRobot:
                      "opened": {"camera": self.camera, "fit": fit, "actions": actions}}
         for j, name in enumerate(map(str.lower, self.names)):
             if name != f"state_{j}":                    # a name that says its group
-                part = [part for part, words in PARTS.items() if words and re.search(words, name)] or ["arm"]
-                group = "_".join([*re.findall("left|right", name), part[0]])
+                part = [part for part, words in PARTS.items() if re.search(words, name)][0]
+                group = "_".join([*re.findall("left|right", name)[:1], part])
                 self.meta.setdefault("groups", {}).setdefault(group, []).append(j)
 
     def _find_camera(self, name):
         """The feature of the camera. Of two on one head it is the first."""
-        features = [(key, about["dtype"]) for key, about in self.info["features"].items() if "depth" not in key]
-        cameras = [key for key, dtype in features if dtype == "video"]
-        check(cameras, f"{self.file} lists no video, and pictures are not read: write the set with use_videos")
+        features = self.info["features"].items()
+        cameras = [key for key, about in features if about["dtype"] == "video" and "depth" not in key]
+        check(cameras, f"{self.file} lists no video, only pictures at best: write the set with use_videos")
         found = [key for key in cameras if name in (key, key.rpartition(".")[2])]
         if not name:
             heads = [key for key in cameras if re.search("(?<![a-z])(head|ego)", key)]
@@ -371,10 +371,10 @@ class ReaderLeRobot:
         return found[0]
 
     def _find_names(self):
-        """Names of the states from their feature: [names], [[names]], {"motors": [names]} or {name: number}."""
+        """Names of the states, listed as [names], [[names]], {"motors": [names]} or {name: number}."""
         about = self.info["features"].get(self.column, {"shape": ()})
-        check(len(about["shape"]) == 1,
-              f"{self.file} lists no vectors {self.column}, only {[*self.info['features']]}: choose by --actions")
+        check(len(about["shape"]) == 1, f"{self.file} lists no vectors {self.column}, but "
+                                        f"{', '.join(self.info['features'])}: choose one by --actions")
         names = about.get("names") or []
         if isinstance(names, dict):
             names = [part for part in names.values() if isinstance(part, list)] or names
@@ -385,7 +385,7 @@ class ReaderLeRobot:
 
     def _list_episodes(self, is_v3):
         """A dict for every episode, in order of their numbers: their length, and in v3.0 where they are."""
-        files, rows = [f"{self.path}/meta/episodes.jsonl"], []
+        files, rows, frames = [f"{self.path}/meta/episodes.jsonl"], [], 0
         if is_v3:
             files = sorted(map(str, pathlib.Path(self.path, "meta/episodes").rglob("*.parquet")))
         fields = ["chunk_index", "file_index", "from_timestamp", "to_timestamp"]
@@ -396,34 +396,33 @@ class ReaderLeRobot:
                     rows += read_parquet(file, ["episode_index", "length", *columns]).to_pylist()
                 else:
                     rows += map(json.loads, pathlib.Path(file).read_text().splitlines())
+                rows.sort(key=lambda row: row["episode_index"])
                 frames = sum(row["length"] for row in rows)
-        check(rows, f"{self.path}/meta/episodes lists no episode: finish the download")
         for key, number in (("total_episodes", len(rows)), ("total_frames", frames)):
             want = self.info.get(key, number)
-            check(number == want, f"{file} ends at {key} = {number}, {self.file} says {want}: finish the download")
-        rows.sort(key=lambda row: row["episode_index"])
+            check(number == want != 0, f"{self.path}/meta/episodes lists {key} = {number}, info.json says "
+                                       f"{want}: finish the download")
         return [row for row in rows if row["length"] > self.late]
 
     def _find_episodes(self, rows, split):
+        """Takes the rows of one split, and checks that all their files are there."""
         n_val = max(1, len(rows) // 10)
-        check(len(rows) > n_val, f"{self.path} has {len(rows)} episode, and validation needs one: record more")
-        say_once(f"{self.path}: camera {self.camera} ({self.fit}), states {self.column}; for validation are the "
-                 f"last {n_val} of {len(rows)} episodes, from episode {rows[-n_val]['episode_index']} on")
+        check(len(rows) > n_val, f"{self.path} has {len(rows)} episode, but one is to validate: record more")
+        say_once(f"{self.path}: camera {self.camera} ({self.fit}), states {self.column}; the last {n_val} of "
+                 f"{len(rows)} episodes validate, from episode {rows[-n_val]['episode_index']} on")
         self.rows = rows = rows[-n_val:] if split == "val" else rows[:-n_val]
         self.lengths = [row["length"] - self.late for row in rows]
         self.edges = np.cumsum([0, *self.lengths])
         self.files = [self._locate("video_path", f"videos/{self.camera}", row) for row in rows]
-        self.state_files = [f"{self._locate('data_path', 'data', row)}, episode {row['episode_index']},"
-                            for row in rows]
+        tables = [self._locate("data_path", "data", row) for row in rows]
+        self.state_files = [f"{file}, episode {row['episode_index']}," for file, row in zip(tables, rows)]
 
     def _locate(self, key, place, row):
         """The file of an episode: version 2 counts episodes, version 3 says chunk and file of each."""
-        fields = {field: row.get(f"{place}/{field}") for field in ("chunk_index", "file_index")}
-        number = fields["episode_index"] = row["episode_index"]
-        fields["episode_chunk"] = number // self.info.get("chunks_size", 1000)
-        file = os.path.join(self.path, self.info[key].format(video_key=self.camera, **fields))
-        check(os.path.exists(file), f"{file} is missing: finish the download")
-        return file
+        number, size = row["episode_index"], self.info.get("chunks_size", 1000)
+        fields = {name: row.get(f"{place}/{name}") for name in ("chunk_index", "file_index")}
+        fields.update(video_key=self.camera, episode_index=number, episode_chunk=number // size)
+        return only([os.path.join(self.path, self.info[key].format(**fields))])
 
     def rows_of(self, i):
         """Times in seconds (n,) and states (n, A) of all rows of episode i, in the order of their times."""
@@ -441,8 +440,8 @@ class ReaderLeRobot:
         times, states = times[own], states[own]
         even = abs(np.diff(times) * self.hz - 1) < 0.5
         check(even.all() and len(times) == row["length"], f"{self.state_files[i]} has {len(times)} rows of "
-              f"{row['length']}, at {self.hz:g} Hz until row {even.cumprod().sum()}: a row is missing or doubled "
-              "there or at the end, so fetch or record that episode again")
+              f"{row['length']}, at {self.hz:g} Hz until row {even.cumprod().sum()}: one is missing or "
+              "doubled, so fetch or record that episode again")
         return times, states
 
     def states(self, i):
@@ -454,8 +453,7 @@ class ReaderLeRobot:
         return EpisodeVideo(self, i, self.mp4s[self.files[i]])
 
 class EpisodeVideo:
-    """The square frames of an episode: `video[array of numbers]` -> uint8 (n, S, S, 3). The plain way would be
-    to count frames from the episode's first on, but that goes on in silence after a missing or doubled one."""
+    """The square frames of an episode: `video[array of numbers]` -> uint8 (n, S, S, 3)."""
 
     def __init__(self, reader, i, mp4):
         self.reader, self.i, self.mp4 = reader, i, mp4
@@ -463,8 +461,9 @@ class EpisodeVideo:
         self.shape = (reader.lengths[i], side, side, 3)
 
     def index(self):
-        """The numbers of the frames in the file: that of a row is at its time, or less than half a frame
-        before or after it, and there are no others."""
+        """Numbers of the episode's frames in the file. The plain way is to count from its first frame on,
+        which after a missing or doubled one is wrong in silence. Here a row's frame is the one at its time,
+        or less than half a frame before or after it, and there are no others."""
         reader, row = self.reader, self.reader.rows[self.i]
         start, stop = (row.get(f"videos/{reader.camera}/{end}_timestamp") for end in ("from", "to"))
         half, seconds = 0.5 / reader.hz, self.mp4.index().times * self.mp4.tick
@@ -474,8 +473,8 @@ class EpisodeVideo:
         agree = abs(seconds[first:first + n] - want[:n]) < half
         until = want[0] + agree.cumprod().sum() / reader.hz
         check(agree.all() and last - first == len(want), f"{self.mp4.file} has {last - first} frames for the "
-              f"{len(want)} rows of episode {row['episode_index']}, at their times until {until:.3f} s: a frame "
-              "is missing or doubled there or at the end, so fetch or record that episode again")
+              f"{len(want)} rows of episode {row['episode_index']}, at their times until {until:.3f} s: one "
+              "is missing or doubled, so fetch or record that episode again")
         return np.arange(first, last)[reader.late:]
 
     def __getitem__(self, frames):
@@ -876,7 +875,7 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
                 "source": os.path.relpath(clips.path, folder), "source_sha256": made_of(clips)}
     if not quiet:
         print(f"{folder}: {len(clips)} clips, one every {stride} frames, of {clips.edges[-1]} frames, in "
-              f"{sum(map(sum, map(shard_bytes, range(len(shards))))) / 1e9:.3g} GB")
+              f"{len(clips) * (example.nbytes + FRAMES * clips.action_dim * 4) / 1e9:.3g} GB")
     units = [(j, len(ids)) for j, ids in enumerate(shards)]
     make_split(folder, settings, units, make_shard, meta, shard_bytes, rank_and_world(), progress, "clip",
                "encoding")
@@ -886,7 +885,8 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
     """Makes what is missing to train on latents of this kind; returns (their folder, their tokenizer's path).
 
     Without `data` the built-in robot is drawn and encoded; raw video in `data` is encoded if `encode_raw` is
-    True, with `stride` and `source` as `encode` takes them. Under torchrun rank 0 draws, and all ranks encode their shards."""
+    True, with `stride` and `source` as `encode` takes them. Under torchrun rank 0 draws, and all ranks
+    encode their shards."""
     def wait_for_all():
         if torch.distributed.is_initialized():
             torch.distributed.barrier()

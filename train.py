@@ -31,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from blocks import VARIANTS, compile_blocks, knob
-from data import HERE, PAST, ROBOT, SOURCE, DataError, action_statistics, open_clips, prepare_data, split_folders
+from data import (HERE, PAST, ROBOT, SOURCE, DataError, action_statistics, open_clips, prepare_data,
+                  split_folders)
 from sample import (MODELS, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
                     save_checkpoint, save_curve, save_gif, whole)
 from tokenizer import command, count_parameters, fingerprint, rank_and_world, write_whole
