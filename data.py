@@ -438,10 +438,11 @@ class ReaderLeRobot:
         episodes, times, states = self.tables[file]
         own = slice(*np.searchsorted(episodes, [row["episode_index"], row["episode_index"] + 1]))
         times, states = times[own], states[own]
-        even = abs(np.diff(times) * self.hz - 1) < 0.5
-        check(even.all() and len(times) == row["length"], f"{self.state_files[i]} has {len(times)} rows of "
-              f"{row['length']}, at {self.hz:g} Hz until row {even.cumprod().sum()}: one is missing or "
-              "doubled, so fetch or record that episode again")
+        check(len(times) == row["length"], f"{self.state_files[i]} has {len(times)} rows, where "
+                                           f"{row['length']} are listed: fetch that file again")
+        odd = np.flatnonzero(abs(np.diff(times) * self.hz - 1) >= 0.5)
+        check(not len(odd), f"{self.state_files[i]} does not go on at {self.hz:g} Hz after rows {odd[:5]}: one "
+                            "is missing or doubled, so fetch or record that episode again")
         return times, states
 
     def states(self, i):
@@ -469,12 +470,11 @@ class EpisodeVideo:
         half, seconds = 0.5 / reader.hz, self.mp4.index().times * self.mp4.tick
         want = (start or 0) + reader.rows_of(self.i)[0]
         first, last = np.searchsorted(seconds, [want[0] - half, (stop or np.inf) - half])
-        n = min(last - first, len(want))
-        agree = abs(seconds[first:first + n] - want[:n]) < half
-        until = want[0] + agree.cumprod().sum() / reader.hz
-        check(agree.all() and last - first == len(want), f"{self.mp4.file} has {last - first} frames for the "
-              f"{len(want)} rows of episode {row['episode_index']}, at their times until {until:.3f} s: one "
-              "is missing or doubled, so fetch or record that episode again")
+        found = seconds[first:last]
+        check(len(found) == len(want) and max(abs(found - want)) < half,
+              f"{self.mp4.file} has {len(found)} frames for the {len(want)} rows of episode "
+              f"{row['episode_index']}, and not all at their times: a frame is missing or doubled, so fetch or "
+              "record that episode again")
         return np.arange(first, last)[reader.late:]
 
     def __getitem__(self, frames):
@@ -522,7 +522,7 @@ class Clips(torch.utils.data.Dataset):
 
     def find_clips(self, step):
         """Raw windows begin every `step` frames of a recording, stored clips every 17 frames of a shard."""
-        span = (self.frames - 1) * self.frame_stride + 1            # from a clip's first frame to its last
+        self.stride, span = step, (self.frames - 1) * self.frame_stride + 1     # from first frame to last
         bounds = self.edges if self.kind == "raw" else self.bounds
         starts = np.concatenate([np.arange(a, b - span + 1, step) for a, b in zip(bounds, bounds[1:])])
         # A recording's number changes at every edge, also where the same segment id comes back.
@@ -811,16 +811,15 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
     # 2. Split by split.
     for split in split_folders(data):
         if split in splits:
-            clips = open_clips(data, split, size=size, frame_stride=frame_stride, **source)
+            apart = stride if split == "train" else None
+            clips = open_clips(data, split, stride=apart, size=size, frame_stride=frame_stride, **source)
             check(clips.kind == "raw", f"{clips.path} is tokenized already: give the folder of raw video")
-            apart = FRAMES * frame_stride
-            if split == "train":
-                apart = stride or training_stride(clips)
-            clips.find_clips(apart)
-            encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, apart, batch, device, progress)
+            if split == "train" and not stride:
+                clips.find_clips(training_stride(clips))
+            encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, batch, device, progress)
     return out
 
-def encode_split(clips, folder, tokenizer, about, stride, batch, device, progress):
+def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     """One split of `encode`: says to `make_split` how a shard is made and what metadata.json holds."""
     # 1. How clips are encoded. The first one shows the shape of all.
     def encoded(items):
@@ -850,7 +849,7 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
         return len(shards[j]) * example.nbytes, len(shards[j]) * FRAMES * clips.action_dim * 4
 
     # 3. What metadata.json says. Clips of another stride do not follow one another: they are `windows`.
-    layout = {"source": os.path.abspath(clips.path), "size": clips.size, "stride": stride,
+    layout = {"source": os.path.abspath(clips.path), "size": clips.size, "stride": clips.stride,
               "frame_stride": clips.frame_stride}
     for key in ("robot", "velocities", "groups", "opened"):
         if key in clips.meta:
@@ -861,7 +860,7 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
                  "action_dim": clips.action_dim, "names": clips.names, "keep": clips.keep,
                  "segment_ids": "global", "kind": about["kind"], "dtype": str(example.dtype),
                  "clip_shape": example.shape, **layout, "tokenizer": about,
-                 "windows": stride != FRAMES * clips.frame_stride}
+                 "windows": clips.stride != FRAMES * clips.frame_stride}
         if about["kind"] == "continuous":               # Flow-HWM standardises every channel
             files = [shard_files(folder, j, ".bin")[0] for j in range(len(shards))]
             blocks = (np.memmap(file, example.dtype, "r").reshape(-1, *example.shape) for file in files)
@@ -874,7 +873,7 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
     settings = {**layout, "clips": len(clips), "batch": batch, "tokenizer_sha256": about["sha256"],
                 "source": os.path.relpath(clips.path, folder), "source_sha256": made_of(clips)}
     if not quiet:
-        print(f"{folder}: {len(clips)} clips, one every {stride} frames, of {clips.edges[-1]} frames, in "
+        print(f"{folder}: {len(clips)} clips, one every {clips.stride} frames, of {clips.edges[-1]} frames, in "
               f"{len(clips) * (example.nbytes + FRAMES * clips.action_dim * 4) / 1e9:.3g} GB")
     units = [(j, len(ids)) for j, ids in enumerate(shards)]
     make_split(folder, settings, units, make_shard, meta, shard_bytes, rank_and_world(), progress, "clip",
