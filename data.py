@@ -16,6 +16,7 @@ A data folder holds train_v2.0 and val_v2.0, each in the layout of 1X v2.0, nest
 For a robot of your own, write the raw form (.npy or .mp4, square frames) with your "hz", and add to
 metadata.json "action_dim": A, "names": [A strings], "keep": [states to leave unstandardised, such as a
 gripper's 0..1], and "segment_ids": "per shard" if segment ids begin anew in every shard, else "global".
+Or give a LeRobot dataset (v2.0, v2.1, v3.0; with --camera, --fit, --actions) as it lies.
 `encode` makes the same layout with .bin files: clip k is frames 17k..17k+16 of states and segments.
 """
 import argparse
@@ -375,12 +376,12 @@ class ReaderLeRobot:
         about = self.info["features"].get(self.column, {"shape": ()})
         check(len(about["shape"]) == 1, f"{self.file} lists no vectors {self.column}, but "
                                         f"{', '.join(self.info['features'])}: choose one by --actions")
-        names = about.get("names") or []
+        names, A = about.get("names") or [], about["shape"][0]
         if isinstance(names, dict):
             names = [part for part in names.values() if isinstance(part, list)] or names
         names = [name for part in names for name in np.atleast_1d(part).tolist()]
-        if len(names) != about["shape"][0]:
-            names = [f"STATE_{j}" for j in range(about["shape"][0])]
+        if len(names) != A:
+            names = [f"STATE_{j}" for j in range(A)]
         return tuple(f"{name}_{j}" if names.count(name) > 1 else name for j, name in enumerate(names))
 
     def _list_episodes(self, is_v3):
@@ -441,8 +442,8 @@ class ReaderLeRobot:
         check(len(times) == row["length"], f"{self.state_files[i]} has {len(times)} rows, where "
                                            f"{row['length']} are listed: fetch that file again")
         odd = np.flatnonzero(abs(np.diff(times) * self.hz - 1) >= 0.5)
-        check(not len(odd), f"{self.state_files[i]} does not go on at {self.hz:g} Hz after rows {odd[:5]}: one "
-                            "is missing or doubled, so fetch or record that episode again")
+        check(not len(odd), f"{self.state_files[i]} does not go on at {self.hz:g} Hz after rows {odd[:5]}: "
+                            "one is missing or doubled, so fetch or record that episode again")
         return times, states
 
     def states(self, i):
@@ -473,8 +474,8 @@ class EpisodeVideo:
         found = seconds[first:last]
         check(len(found) == len(want) and max(abs(found - want)) < half,
               f"{self.mp4.file} has {len(found)} frames for the {len(want)} rows of episode "
-              f"{row['episode_index']}, and not all at their times: a frame is missing or doubled, so fetch or "
-              "record that episode again")
+              f"{row['episode_index']}, and not all at their times: a frame is missing or doubled, so fetch "
+              "or record that episode again")
         return np.arange(first, last)[reader.late:]
 
     def __getitem__(self, frames):
@@ -851,9 +852,8 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     # 3. What metadata.json says. Clips of another stride do not follow one another: they are `windows`.
     layout = {"source": os.path.abspath(clips.path), "size": clips.size, "stride": clips.stride,
               "frame_stride": clips.frame_stride}
-    for key in ("robot", "velocities", "groups", "opened"):
-        if key in clips.meta:
-            layout[key] = clips.meta[key]
+    carried = {"robot", "velocities", "groups", "opened"} & clips.meta.keys()
+    layout.update({key: clips.meta[key] for key in sorted(carried)})
 
     def meta():
         found = {"num_shards": len(shards), "query": None, "hz": clips.hz, "num_images": len(clips) * FRAMES,
@@ -873,8 +873,9 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     settings = {**layout, "clips": len(clips), "batch": batch, "tokenizer_sha256": about["sha256"],
                 "source": os.path.relpath(clips.path, folder), "source_sha256": made_of(clips)}
     if not quiet:
-        print(f"{folder}: {len(clips)} clips, one every {clips.stride} frames, of {clips.edges[-1]} frames, in "
-              f"{len(clips) * (example.nbytes + FRAMES * clips.action_dim * 4) / 1e9:.3g} GB")
+        size = len(clips) * (example.nbytes + FRAMES * clips.action_dim * 4)
+        print(f"{folder}: {len(clips)} clips, one every {clips.stride} of {clips.edges[-1]} frames, which take "
+              f"{size / 1e9:.3g} GB")
     units = [(j, len(ids)) for j, ids in enumerate(shards)]
     make_split(folder, settings, units, make_shard, meta, shard_bytes, rank_and_world(), progress, "clip",
                "encoding")
@@ -946,28 +947,25 @@ def info(path, **source):
         dropped.update(left)
         blocks.append(map(clips.recording, range(len(clips.edges) - 1)))
     low, high, mean, std = moments(itertools.chain(*blocks))
-    states = {}
-    for name, *row in zip(first.names, low.tolist(), high.tolist(), mean.tolist(), std.tolist()):
-        states[name] = dict(zip(("min", "max", "mean", "std"), row))
+    rows = np.stack([low, high, mean, std], axis=1).tolist()
+    states = {name: dict(zip(("min", "max", "mean", "std"), row)) for name, row in zip(first.names, rows)}
     return {"path": os.fspath(path), "kind": first.kind, "hz": first.hz, "action_dim": first.action_dim,
             "clip_shape": list(first.shape), **counts, "dropped": dropped, "splits": found, "states": states,
             "constant": [first.names[j] for j in np.flatnonzero(is_constant(low, high))]}
 
-def describe(found):
-    """What `info` found, in lines of text."""
-    lines = [f"{found['path']}: {found['kind']}, a clip's video is {tuple(found['clip_shape'])}, "
-             f"{found['hz']:g} Hz, {found['action_dim']} states a frame"]
+def print_info(found):
+    print(f"{found['path']}: {found['kind']}, a clip's video is {tuple(found['clip_shape'])}, "
+          f"{found['hz']:g} Hz, {found['action_dim']} states a frame")
     for split, s in found["splits"].items():
         left = ", ".join(f"{n} {what}" for what, n in s["dropped"].items() if n) or "nothing"
-        lines.append(f"  {split:5} {s['clips']} usable clips of {FRAMES} frames; "
-                     f"{s['frames']} frames in {s['shards']} shards; left out: {left}")
+        print(f"  {split:5} {s['clips']} usable clips of {FRAMES} frames; "
+              f"{s['frames']} frames in {s['shards']} shards; left out: {left}")
         if s["segment_ids"] != "global" and s["shards"] > 1:
-            lines.append("        segment ids begin anew in every shard: no recording runs on into the next")
-    lines.append(f"  {'state':22}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}")
+            print("        segment ids begin anew in every shard: no recording runs on into the next shard")
+    print(f"  {'state':22}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}")
     for name, s in found["states"].items():
         values = "".join(f"{x:10.3f}" for x in s.values())
-        lines.append(f"  {name:22}{values}" + "  constant" * (name in found["constant"]))
-    return "\n".join(lines)
+        print(f"  {name:22}{values}" + "  constant" * (name in found["constant"]))
 
 def walk():
     """Prints what a clip is, from a few frames of the built-in robot."""
@@ -1010,7 +1008,7 @@ def main(argv=None):
                    help="a .pt, or a folder with NVIDIA's .jit files")
     p.add_argument("--out", required=True, help="folder to make, or to go on with")
     p.add_argument("--size", type=int, help="resize frames to size x size")
-    p.add_argument("--stride", type=int, help="frames from a clip's start to the next (default: no overlap)")
+    p.add_argument("--stride", type=int, help="frames from a training clip to the next; default: about 5000 clips")
     p.add_argument("--frame_stride", type=int, default=1, help="take every n-th frame and action")
     p.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
     p.add_argument("--device", help="default: the rank's GPU, or cpu")
@@ -1023,8 +1021,8 @@ def main(argv=None):
     options = vars(parser.parse_args(argv))
     run = options.pop("command")
     if run == "info":
-        show = json.dumps if options.pop("json") else describe
-        print(show(info(**options)))
+        as_json, found = options.pop("json"), info(**options)
+        print(json.dumps(found)) if as_json else print_info(found)
     else:
         {None: walk, "synth": synth, "encode": encode}[run](**options)
 
