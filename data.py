@@ -874,7 +874,7 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
                 "source": os.path.relpath(clips.path, folder), "source_sha256": made_of(clips)}
     if not quiet:
         size = len(clips) * (example.nbytes + FRAMES * clips.action_dim * 4)
-        print(f"{folder}: {len(clips)} clips, one every {clips.stride} of {clips.edges[-1]} frames, which take "
+        print(f"{folder}: {len(clips)} clips, one every {clips.stride} of {clips.edges[-1]} frames, in "
               f"{size / 1e9:.3g} GB")
     units = [(j, len(ids)) for j, ids in enumerate(shards)]
     make_split(folder, settings, units, make_shard, meta, shard_bytes, rank_and_world(), progress, "clip",
@@ -1008,7 +1008,7 @@ def main(argv=None):
                    help="a .pt, or a folder with NVIDIA's .jit files")
     p.add_argument("--out", required=True, help="folder to make, or to go on with")
     p.add_argument("--size", type=int, help="resize frames to size x size")
-    p.add_argument("--stride", type=int, help="frames from a training clip to the next; default: about 5000 clips")
+    p.add_argument("--stride", type=int, help="frames from a training clip to the next (default: 5000 clips)")
     p.add_argument("--frame_stride", type=int, default=1, help="take every n-th frame and action")
     p.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
     p.add_argument("--device", help="default: the rank's GPU, or cpu")

@@ -72,7 +72,7 @@ class TrainConfig:
     workers: int = knob(-1, "processes that read clips ahead; default: four on a GPU, none on a CPU", low=-1)
     # data that is made first
     encode: bool = knob(False, "encode raw video in --data into DATA_discrete or DATA_continuous")
-    stride: int = knob(0, "of that: frames from one clip to the next; default: about 5000 clips", low=1)
+    stride: int = knob(0, "of that: frames from one clip to the next; default: about 5000 clips", low=0)
     camera: str = knob("", SOURCE["camera"])
     fit: str = knob("", SOURCE["fit"], choices=("crop", "pad"))
     actions: str = knob("", SOURCE["actions"])

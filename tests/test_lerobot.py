@@ -124,9 +124,9 @@ def lerobot(root, version="v2.1", A=14, codec="h264", lengths=LENGTHS, names=Non
     listed = listed[1:] + listed[:1]                                      # episodes out of order
     if v3:
         for f in range(-(-len(lengths) // 2)):
-            both = parts[2 * f:2 * f + 2][::-1]
-            write_table(f"{root}/data/chunk-000/file-{f:03d}.parquet", {
-                name: [x for part in both for x in part[name]] for name in both[0]})
+            columns = {name: [x for part in parts[2 * f:2 * f + 2] for x in part[name]] for name in parts[0]}
+            order = np.random.default_rng(f).permutation(len(columns["index"]))     # rows may lie in any order
+            write_table(f"{root}/data/chunk-000/file-{f:03d}.parquet", {name: [x[k] for k in order] for name, x in columns.items()})
         for camera in cameras:
             join_videos(videos[camera], lengths, f"{root}/videos/{camera}/chunk-000/file-000.mp4")
         write_table(f"{root}/meta/episodes/chunk-000/file-000.parquet", {name: [row[name] for row in listed] for name in listed[0]})
