@@ -16,11 +16,13 @@ A data folder holds train_v2.0 and val_v2.0, each in the layout of 1X v2.0, nest
 For a robot of your own, write the raw form (.npy or .mp4, square frames) with your "hz", and add to
 metadata.json "action_dim": A, "names": [A strings], "keep": [states to leave unstandardised, such as a
 gripper's 0..1], and "segment_ids": "per shard" if segment ids begin anew in every shard, else "global".
+Or give a LeRobot dataset (v2.0, v2.1, v3.0; with --camera, --fit, --actions) as it lies.
 `encode` makes the same layout with .bin files: clip k is frames 17k..17k+16 of states and segments.
 """
 import argparse
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -29,6 +31,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -45,6 +48,7 @@ from tokenizer import to_uint8  # noqa: F401, the inverse of to_video, for those
 FRAMES, PAST, FUTURE = 17, 9, 8         # a clip is 9 past and 8 future frames, 1 + 2 x 8, so 3 latent frames
 VOCAB_SIZE = 64_000                     # of the 1X files (Cosmos DV): 8 * 8 * 8 * 5 * 5 * 5
 CLIPS_PER_SHARD = 256                   # of what `encode` writes
+ENOUGH = 5000                           # clips to train on, where recordings are so short that they overlap
 ARM = ("SHOULDER_PITCH", "SHOULDER_ROLL", "SHOULDER_YAW", "ELBOW_PITCH", "ELBOW_YAW", "WRIST_PITCH",
        "WRIST_ROLL")
 JOINTS = ("HIP_YAW", "HIP_ROLL", "HIP_PITCH", "KNEE_PITCH", "ANKLE_ROLL", "ANKLE_PITCH",
@@ -70,15 +74,22 @@ def reading(file, trouble="cannot be read", way_out="fetch or write it again"):
         raise
     except FileNotFoundError:
         raise DataError(f"{file} is missing: fetch it, or finish the command that writes it") from None
-    except ImportError:
-        raise DataError(f"{file} needs PyAV to be read: pip install av") from None
+    except ImportError as error:
+        raise DataError(f"{file} needs another package to be read: pip install {error.name}") from None
     except Exception as error:          # a damaged header can raise nearly anything
         why = " ".join(str(error).split())
         raise DataError(f"{file} {trouble} ({why:.300}): {way_out}") from None
 
+@functools.cache
+def say_once(sentence):
+    """Says what was chosen for the user, on rank 0, beside the output of `info --json`."""
+    if rank_and_world()[0] == 0:
+        print(sentence, file=sys.stderr)
+
 # What metadata files hold; other keys, and the items of lists, are checked where they are used.
 METADATA = {"num_shards": int, "num_images": int, "shard_num_frames": int, "action_dim": int,
-            "hz": (int, float), "names": list, "keep": list, "clip_shape": list, "tokenizer": dict}
+            "hz": (int, float), "names": list, "keep": list, "clip_shape": list, "tokenizer": dict,
+            "fps": (int, float), "chunks_size": int, "features": dict, "data_path": str}
 
 def read_json(file, *needed):
     """A metadata file as a dict that holds the needed keys, of METADATA's types; its numbers are positive."""
@@ -105,6 +116,8 @@ def split_folders(path):
     """{"train": folder, "val": folder} of a data folder, or the one split that `path` itself is."""
     path, found = os.fspath(path), {}
     check(os.path.isdir(path), f"{path} is no folder: give one that holds train_v2.0 and val_v2.0")
+    if is_lerobot(path):                                            # its reader divides the episodes
+        return {"train": path, "val": path}
     if os.path.exists(f"{path}/metadata.json"):
         # A link is judged by what it points to, and a robot called "valkyrie" is no validation split.
         name = os.path.basename(os.path.realpath(path))
@@ -113,8 +126,16 @@ def split_folders(path):
         spellings = [f"{path}/{split}_v2.0", f"{path}/{split}_v2.0_raw"]
         if any(map(os.path.isdir, spellings)):
             found[split] = only(spellings)
-    check(found, f"{path} holds neither train_v2.0, val_v2.0 nor metadata.json: give the folder above them")
+    check(found, f"{path} holds neither train_v2.0, val_v2.0, metadata.json nor meta/info.json: give the "
+                 "folder above them, or finish the download")
     return found
+
+def info_files(path):
+    """What makes a folder a LeRobot dataset, of version 2 or 3, and of version 1, which is refused."""
+    return [f"{path}/meta/info.json", f"{path}/meta_data/info.json"]
+
+def is_lerobot(path):
+    return any(map(os.path.exists, info_files(path)))
 
 def split_folder(path, split):
     """The folder of one split; where `path` is the other split, the folder of the same spelling beside it."""
@@ -142,11 +163,11 @@ class Mp4:
     not come along, and closing would wait for them."""
     last = {}                           # process id -> (the Mp4 read last, time of its last frame, decoder)
 
-    def __init__(self, file, frames):
+    def __init__(self, file, frames=None):
         self.file, self.frames, self.times = file, frames, None
         with reading(file), self._open() as container:
             stream = container.streams.video[0]
-            self.shape = (frames, stream.height, stream.width, 3)
+            self.shape, self.tick = (frames, stream.height, stream.width, 3), float(stream.time_base)
 
     def _open(self):
         import av
@@ -160,7 +181,7 @@ class Mp4:
                 table = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(video=0)]
                 times, is_key, is_discarded = np.array(sorted(table[:-1])).T    # the last one has no time
                 self.times, self.keys = times[is_discarded == 0], times[is_key == 1]
-        check(len(self.times) == self.frames,
+        check(self.frames in (None, len(self.times)),
               f"{self.file} has {len(self.times)} frames, its states {self.frames}: fetch that shard again")
         return self
 
@@ -178,9 +199,10 @@ class Mp4:
                     out.append(np.rot90(pixels, frame.rotation // 90))
                 if frame.pts >= want[-1]:
                     break
-            out = np.stack(out).reshape(len(want), *self.shape[1:])
+            if len(out) < len(want):
+                raise ValueError(f"only {len(out)} of {len(want)} frames come")
             Mp4.last[os.getpid()] = self, frame.pts, decoder
-            return out
+            return np.stack(out)
 
     def _decode(self, key):
         """Yields the frames from the keyframe at time `key` on, in order of presentation."""
@@ -299,6 +321,176 @@ class Reader1X:
     def states(self, i):
         return open_array(self.state_files[i], "<f4", (self.lengths[i], len(self.names)))
 
+# ---- one split of a LeRobot dataset --------------------------------------------------------------
+
+SOURCE = {"camera": "of a LeRobot folder: which camera (default: the only one, or the head's)",
+          "fit": "crop: the centre square of its frames (default); pad: all of them, with black bars",
+          "actions": "observation.state (default), or action: commands, told where they take effect"}
+PARTS = {"base": r"base|wheel|odom|linear|angular|^(x|y|theta)\b", "head": "head|neck",    # the first counts
+         "waist": "waist|torso", "leg": "leg|hip|knee|ankle", "hand": "hand|grip|finger|claw", "arm": ""}
+
+class ReaderLeRobot:
+    """One split of a LeRobot dataset of version 2.0, 2.1 or 3.0 as it lies, see Reader1X. Every episode is a
+    shard and a recording; the last tenth of them, but at least one, is for validation.
+
+    camera    the feature of a camera or the last part of its name; by default the only one, or the head's
+    fit       "crop" takes the centre square of frames that are not square, "pad" adds black bars to them
+    actions   the feature with the states. What begins with "action" are commands: the command of frame k
+              takes effect at frame k + 1, whose state it is here; frame 0 of an episode is left out"""
+    kind, keep, vocab_size, segment_ids = "raw", (), VOCAB_SIZE, "global"
+
+    def __init__(self, path, split, camera="", fit="crop", actions="observation.state"):
+        self.path, self.column, self.fit, self.late = path, actions, fit, int(actions.startswith("action"))
+        self.tables, self.mp4s, self.file = {}, {}, only(info_files(path))
+        version = read_json(self.file).get("codebase_version")
+        check(version in ("v2.0", "v2.1", "v3.0"), f"{self.file} says codebase_version = {version!r}: bring "
+                                                   "the data to v2.1 or v3.0 with lerobot's own converters")
+        check(fit in ("crop", "pad"), f"{path} cannot be read with --fit {fit}: give crop or pad")
+        self.info = read_json(self.file, "fps", "features", "data_path")
+        self.hz = float(self.info["fps"])
+        with reading(self.file):
+            self.camera, self.names = self._find_camera(camera), self._find_names()
+            self._find_episodes(self._list_episodes(version == "v3.0"), split)
+        self.meta = {"robot": self.info.get("robot_type") or "LeRobot",
+                     "opened": {"camera": self.camera, "fit": fit, "actions": actions}}
+        for j, name in enumerate(map(str.lower, self.names)):
+            if name != f"state_{j}":                    # a name that says its group
+                part = [part for part, words in PARTS.items() if re.search(words, name)][0]
+                group = "_".join([*re.findall("left|right", name)[:1], part])
+                self.meta.setdefault("groups", {}).setdefault(group, []).append(j)
+
+    def _find_camera(self, name):
+        """The feature of the camera. Of two on one head it is the first."""
+        features = self.info["features"].items()
+        cameras = [key for key, about in features if about["dtype"] == "video" and "depth" not in key]
+        check(cameras, f"{self.file} lists no video, only pictures at best: write the set with use_videos")
+        found = [key for key in cameras if name in (key, key.rpartition(".")[2])]
+        if not name:
+            heads = [key for key in cameras if re.search("(?<![a-z])(head|ego)", key)]
+            found = heads or cameras[:len(cameras) == 1]
+        check(found, f"{self.file} lists the cameras {', '.join(cameras)}: give one of them as --camera")
+        return found[0]
+
+    def _find_names(self):
+        """Names of the states, listed as [names], [[names]], {"motors": [names]} or {name: number}."""
+        about = self.info["features"].get(self.column, {"shape": ()})
+        check(len(about["shape"]) == 1, f"{self.file} lists no vectors {self.column}, but "
+                                        f"{', '.join(self.info['features'])}: choose one by --actions")
+        names, A = about.get("names") or [], about["shape"][0]
+        if isinstance(names, dict):
+            names = [part for part in names.values() if isinstance(part, list)] or names
+        names = [name for part in names for name in np.atleast_1d(part).tolist()]
+        if len(names) != A:
+            names = [f"STATE_{j}" for j in range(A)]
+        return tuple(f"{name}_{j}" if names.count(name) > 1 else name for j, name in enumerate(names))
+
+    def _list_episodes(self, is_v3):
+        """A dict for every episode, in order of their numbers: their length, and in v3.0 where they are."""
+        files, rows, frames = [f"{self.path}/meta/episodes.jsonl"], [], 0
+        if is_v3:
+            files = sorted(map(str, pathlib.Path(self.path, "meta/episodes").rglob("*.parquet")))
+        fields = ["chunk_index", "file_index", "from_timestamp", "to_timestamp"]
+        columns = [f"{place}/{field}" for place in ("data", f"videos/{self.camera}") for field in fields]
+        for file in files:
+            with reading(file):
+                if is_v3:
+                    rows += read_parquet(file, ["episode_index", "length", *columns]).to_pylist()
+                else:
+                    rows += map(json.loads, pathlib.Path(file).read_text().splitlines())
+                rows.sort(key=lambda row: row["episode_index"])
+                frames = sum(row["length"] for row in rows)
+        for key, number in (("total_episodes", len(rows)), ("total_frames", frames)):
+            want = self.info.get(key, number)
+            check(number == want != 0, f"{self.path}/meta/episodes lists {key} = {number}, info.json says "
+                                       f"{want}: finish the download")
+        return [row for row in rows if row["length"] > self.late]
+
+    def _find_episodes(self, rows, split):
+        """Takes the rows of one split, and checks that all their files are there."""
+        n_val = max(1, len(rows) // 10)
+        check(len(rows) > n_val, f"{self.path} has {len(rows)} episode, but one is to validate: record more")
+        say_once(f"{self.path}: camera {self.camera} ({self.fit}), states {self.column}; the last {n_val} of "
+                 f"{len(rows)} episodes validate, from episode {rows[-n_val]['episode_index']} on")
+        self.rows = rows = rows[-n_val:] if split == "val" else rows[:-n_val]
+        self.lengths = [row["length"] - self.late for row in rows]
+        self.edges = np.cumsum([0, *self.lengths])
+        self.files = [self._locate("video_path", f"videos/{self.camera}", row) for row in rows]
+        tables = [self._locate("data_path", "data", row) for row in rows]
+        self.state_files = [f"{file}, episode {row['episode_index']}," for file, row in zip(tables, rows)]
+
+    def _locate(self, key, place, row):
+        """The file of an episode: version 2 counts episodes, version 3 says chunk and file of each."""
+        number, size = row["episode_index"], self.info.get("chunks_size", 1000)
+        fields = {name: row.get(f"{place}/{name}") for name in ("chunk_index", "file_index")}
+        fields.update(video_key=self.camera, episode_index=number, episode_chunk=number // size)
+        return only([os.path.join(self.path, self.info[key].format(**fields))])
+
+    def rows_of(self, i):
+        """Times in seconds (n,) and states (n, A) of all rows of episode i, in the order of their times."""
+        row, columns = self.rows[i], ["episode_index", "timestamp", self.column]
+        file = self._locate("data_path", "data", row)
+        if file not in self.tables:
+            with reading(file):
+                table = read_parquet(file, columns)     # which come in the file's order
+                episodes, times, states = (np.array(table[name].to_pylist()) for name in columns)
+                states = np.float32(states).reshape(-1, len(self.names))
+                order = np.lexsort([times, episodes])
+                self.tables[file] = episodes[order], times[order], states[order]
+        episodes, times, states = self.tables[file]
+        own = slice(*np.searchsorted(episodes, [row["episode_index"], row["episode_index"] + 1]))
+        times, states = times[own], states[own]
+        check(len(times) == row["length"], f"{self.state_files[i]} has {len(times)} rows, where "
+                                           f"{row['length']} are listed: fetch that file again")
+        odd = np.flatnonzero(abs(np.diff(times) * self.hz - 1) >= 0.5)
+        check(not len(odd), f"{self.state_files[i]} does not go on at {self.hz:g} Hz after rows {odd[:5]}: "
+                            "one is missing or doubled, so fetch or record that episode again")
+        return times, states
+
+    def states(self, i):
+        return self.rows_of(i)[1][:self.lengths[i]]
+
+    def video(self, i):
+        if self.files[i] not in self.mp4s:
+            self.mp4s[self.files[i]] = Mp4(self.files[i])           # with its times, for all episodes in it
+        return EpisodeVideo(self, i, self.mp4s[self.files[i]])
+
+class EpisodeVideo:
+    """The square frames of an episode: `video[array of numbers]` -> uint8 (n, S, S, 3)."""
+
+    def __init__(self, reader, i, mp4):
+        self.reader, self.i, self.mp4 = reader, i, mp4
+        side = (max if reader.fit == "pad" else min)(mp4.shape[1:3])
+        self.shape = (reader.lengths[i], side, side, 3)
+
+    def index(self):
+        """Numbers of the episode's frames in the file. The plain way is to count from its first frame on,
+        which after a missing or doubled one is wrong in silence. Here a row's frame is the one at its time,
+        or less than half a frame before or after it, and there are no others."""
+        reader, row = self.reader, self.reader.rows[self.i]
+        start, stop = (row.get(f"videos/{reader.camera}/{end}_timestamp") for end in ("from", "to"))
+        half, seconds = 0.5 / reader.hz, self.mp4.index().times * self.mp4.tick
+        want = (start or 0) + reader.rows_of(self.i)[0]
+        first, last = np.searchsorted(seconds, [want[0] - half, (stop or np.inf) - half])
+        found = seconds[first:last]
+        check(len(found) == len(want) and max(abs(found - want)) < half,
+              f"{self.mp4.file} has {len(found)} frames for the {len(want)} rows of episode "
+              f"{row['episode_index']}, and not all at their times: a frame is missing or doubled, so fetch "
+              "or record that episode again")
+        return np.arange(first, last)[reader.late:]
+
+    def __getitem__(self, frames):
+        video, side = self.mp4[self.index()[frames]], self.shape[1]
+        top, left = (abs(n - side) // 2 for n in video.shape[1:3])
+        if self.reader.fit == "crop":
+            return video[:, top:top + side, left:left + side]
+        square = np.zeros((len(video), side, side, 3), np.uint8)
+        square[:, top:top + video.shape[1], left:left + video.shape[2]] = video
+        return square
+
+def read_parquet(file, columns):
+    from pyarrow import parquet
+    return parquet.ParquetFile(file).read(columns)
+
 # ---- clips ---------------------------------------------------------------------------------------
 
 class Clips(torch.utils.data.Dataset):
@@ -324,14 +516,14 @@ class Clips(torch.utils.data.Dataset):
         else:                                                       # as `encode` chose
             frames, stride, frame_stride, self.shape = FRAMES, None, 1, reader.shape
         self.frames, self.frame_stride, self.hz = frames, frame_stride, reader.hz / frame_stride
-        self._find_clips(stride or frames * frame_stride)
+        self.find_clips(stride or frames * frame_stride)
         if self.kind != "raw":                                      # a first look; the rest when it is read
             for i, k in itertools.product(range(len(reader.lengths)), (0, -1)):
                 self.stored(i, k)
 
-    def _find_clips(self, step):
+    def find_clips(self, step):
         """Raw windows begin every `step` frames of a recording, stored clips every 17 frames of a shard."""
-        span = (self.frames - 1) * self.frame_stride + 1            # from a clip's first frame to its last
+        self.stride, span = step, (self.frames - 1) * self.frame_stride + 1     # from first frame to last
         bounds = self.edges if self.kind == "raw" else self.bounds
         starts = np.concatenate([np.arange(a, b - span + 1, step) for a, b in zip(bounds, bounds[1:])])
         # A recording's number changes at every edge, also where the same segment id comes back.
@@ -404,7 +596,19 @@ class Clips(torch.utils.data.Dataset):
         parts = self._by_shard(self._frames(i))
         return " and ".join(f"shard {shard}, frames {local[0]}..{local[-1]}" for shard, local in parts)
 
-def open_clips(path, split="train", frames=FRAMES, stride=None, size=None, frame_stride=1):
+def add_source_flags(parser):
+    for name, help in SOURCE.items():
+        parser.add_argument(f"--{name}", default="", help=help)
+
+def open_reader(folder, split, **source):
+    """The reader of one split. `source` chooses among what a LeRobot dataset holds several of."""
+    if is_lerobot(folder):
+        return ReaderLeRobot(folder, split, **{key: value for key, value in source.items() if value})
+    for key, value in source.items():
+        check(not value, f"{folder} is no LeRobot dataset, to which --{key} {value} belongs: leave it out")
+    return Reader1X(folder)
+
+def open_clips(path, split="train", frames=FRAMES, stride=None, size=None, frame_stride=1, **source):
     """The clips of one split of a data folder, a map-style dataset; DataError for anything inconsistent.
 
     clips[i] -> {"video": raw uint8 (F, H, W, 3) | ids int64 (T, H, W) | latents float32 (C, T, H, W),
@@ -414,10 +618,11 @@ def open_clips(path, split="train", frames=FRAMES, stride=None, size=None, frame
     frame_stride  takes every n-th frame and, alike, every n-th action
     stride        frames from one window's start to the next; by default windows do not overlap
     size          raw frames are resized to size x size, antialiased
+    source        camera, fit and actions, see ReaderLeRobot
     Token and latent files hold a clip per 17 frames; `encode` chose their stride, size and frame_stride."""
     for key, value in dict(frames=frames, stride=stride, size=size, frame_stride=frame_stride).items():
         check(value is None or value > 0, f"{path}: {key} is {value!r}: give a positive whole number")
-    clips = Clips(Reader1X(split_folder(path, split)), frames, stride, size, frame_stride)
+    clips = Clips(open_reader(split_folder(path, split), split, **source), frames, stride, size, frame_stride)
     # Tokenizers take 1 + 8n frames and a size of 8n.
     for key, value, rest in (("frames", frames, 1), ("size", getattr(clips, "size", 8), 0)):
         below = value - (value - rest) % 8
@@ -568,10 +773,30 @@ def synth(out, **options):
 
 # ---- encoding raw video with a tokenizer ---------------------------------------------------------
 
+def training_stride(clips):
+    """Frames from one training clip to the next, so that there are about ENOUGH clips: of little data they
+    overlap, for a model memorises clips that it sees too often."""
+    return int(np.clip(clips.edges[-1] // ENOUGH, 1, FRAMES * clips.frame_stride))
+
+def made_of(clips):
+    """A hash of recordings: all states, and of each video's file its length, begin, middle and end."""
+    found = hashlib.sha256(repr([*clips.edges]).encode())
+    for i in range(len(clips.reader.lengths)):
+        found.update(np.ascontiguousarray(clips.reader.states(i)))
+    for file in dict.fromkeys(clips.reader.files):
+        with reading(file), open(file, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            for place in (0, size // 2, max(0, size - 65536)):
+                f.seek(place)
+                found.update(f.read(65536) + b"%d" % size)
+    return found.hexdigest()
+
 def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, splits=("train", "val"),
-           batch=8, device=None, progress=True):
+           batch=8, device=None, progress=True, **source):
     """Raw video -> a data folder of ids (int32) or latents (float16), which is read like the 1X set.
 
+    Training clips begin `stride` frames apart, by default as `training_stride` says; those for validation
+    never overlap. `source` is camera, fit and actions, see ReaderLeRobot.
     Under torchrun shard j belongs to rank j mod WORLD_SIZE. A shard is written whole or not at all and always
     in the same batches, so a run that was killed goes on where it was and ends in the same bytes."""
     check(batch > 0, f"{out} cannot be made in batches of {batch}: give a positive --batch")
@@ -587,13 +812,15 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
     # 2. Split by split.
     for split in split_folders(data):
         if split in splits:
-            clips = open_clips(data, split, stride=stride, size=size, frame_stride=frame_stride)
+            apart = stride if split == "train" else None
+            clips = open_clips(data, split, stride=apart, size=size, frame_stride=frame_stride, **source)
             check(clips.kind == "raw", f"{clips.path} is tokenized already: give the folder of raw video")
-            encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, stride or FRAMES * frame_stride,
-                         batch, device, progress)
+            if split == "train" and not stride:
+                clips.find_clips(training_stride(clips))
+            encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, batch, device, progress)
     return out
 
-def encode_split(clips, folder, tokenizer, about, stride, batch, device, progress):
+def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     """One split of `encode`: says to `make_split` how a shard is made and what metadata.json holds."""
     # 1. How clips are encoded. The first one shows the shape of all.
     def encoded(items):
@@ -623,17 +850,17 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
         return len(shards[j]) * example.nbytes, len(shards[j]) * FRAMES * clips.action_dim * 4
 
     # 3. What metadata.json says. Clips of another stride do not follow one another: they are `windows`.
-    layout = {"source": os.path.abspath(clips.path), "size": clips.size, "stride": stride,
+    layout = {"source": os.path.abspath(clips.path), "size": clips.size, "stride": clips.stride,
               "frame_stride": clips.frame_stride}
-    if "robot" in clips.meta:
-        layout["robot"] = clips.meta["robot"]
+    carried = {"robot", "velocities", "groups", "opened"} & clips.meta.keys()
+    layout.update({key: clips.meta[key] for key in sorted(carried)})
 
     def meta():
         found = {"num_shards": len(shards), "query": None, "hz": clips.hz, "num_images": len(clips) * FRAMES,
                  "action_dim": clips.action_dim, "names": clips.names, "keep": clips.keep,
                  "segment_ids": "global", "kind": about["kind"], "dtype": str(example.dtype),
                  "clip_shape": example.shape, **layout, "tokenizer": about,
-                 "windows": stride != FRAMES * clips.frame_stride}
+                 "windows": clips.stride != FRAMES * clips.frame_stride}
         if about["kind"] == "continuous":               # Flow-HWM standardises every channel
             files = [shard_files(folder, j, ".bin")[0] for j in range(len(shards))]
             blocks = (np.memmap(file, example.dtype, "r").reshape(-1, *example.shape) for file in files)
@@ -644,16 +871,22 @@ def encode_split(clips, folder, tokenizer, about, stride, batch, device, progres
 
     # 4. A cache and its source may move together, so settings.json holds the way from one to the other.
     settings = {**layout, "clips": len(clips), "batch": batch, "tokenizer_sha256": about["sha256"],
-                "source": os.path.relpath(clips.path, folder)}
+                "source": os.path.relpath(clips.path, folder), "source_sha256": made_of(clips)}
+    if not quiet:
+        size = len(clips) * (example.nbytes + FRAMES * clips.action_dim * 4)
+        print(f"{folder}: {len(clips)} clips, one every {clips.stride} of {clips.edges[-1]} frames, in "
+              f"{size / 1e9:.3g} GB")
     units = [(j, len(ids)) for j, ids in enumerate(shards)]
     make_split(folder, settings, units, make_shard, meta, shard_bytes, rank_and_world(), progress, "clip",
                "encoding")
 
-def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=False, device="cpu", say=print):
+def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=False, device="cpu", say=print,
+                 stride=None, **source):
     """Makes what is missing to train on latents of this kind; returns (their folder, their tokenizer's path).
 
     Without `data` the built-in robot is drawn and encoded; raw video in `data` is encoded if `encode_raw` is
-    True. Under torchrun rank 0 draws, and all ranks encode their shards."""
+    True, with `stride` and `source` as `encode` takes them. Under torchrun rank 0 draws, and all ranks
+    encode their shards."""
     def wait_for_all():
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
@@ -666,7 +899,7 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
     if not data and rank == 0:
         synth(folder, frames=robot_frames)
     wait_for_all()
-    clips = open_clips(folder, "train")
+    clips = open_clips(folder, "train", **source)
     # 2. Raw video becomes latents beside it.
     if clips.kind == "raw":
         cache = f"{folder.rstrip('/')}_{kind}"
@@ -674,8 +907,8 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
               f"{folder} holds raw video: add --encode to have it encoded, or run `python data.py encode "
               f"--data {folder} --tokenizer {encoder} --out {cache}` and train on that")
         say(f"encoding {folder} with {encoder} into {cache}")
-        for split, stride in (("train", None if data else ROBOT_STRIDE), ("val", None)):
-            encode(folder, encoder, cache, stride=stride, splits=(split,), device=device, progress=rank == 0)
+        encode(folder, encoder, cache, stride=stride if data else ROBOT_STRIDE, device=device,
+               progress=rank == 0, **source)
         wait_for_all()
         folder, clips = cache, open_clips(cache, "train")
     # 3. Latents must be of the model's kind, and of the tokenizer that is asked for.
@@ -689,15 +922,16 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
 
 # ---- what a folder holds -------------------------------------------------------------------------
 
-def info(path):
+def info(path, **source):
     """Reads all of a data folder but the pixels: counts, what the clips leave out, ranges of the states."""
-    splits = {split: Clips(Reader1X(folder)) for split, folder in split_folders(path).items()}
+    splits = {split: Clips(open_reader(folder, split, **source))
+              for split, folder in split_folders(path).items()}
     first, found, blocks, counts, dropped = [*splits.values()][0], {}, [], Counter(), Counter()
     for split, clips in splits.items():
         # 1. What opening does not look at: all ids or latents, and how many frames a video has.
         for i, n in enumerate(clips.reader.lengths):
             video = clips.reader.video(i)
-            if isinstance(video, Mp4):
+            if isinstance(video, (Mp4, EpisodeVideo)):
                 video.index()
             for k in range(0 if clips.kind == "raw" else len(video)):
                 clips.stored(i, k)
@@ -713,9 +947,8 @@ def info(path):
         dropped.update(left)
         blocks.append(map(clips.recording, range(len(clips.edges) - 1)))
     low, high, mean, std = moments(itertools.chain(*blocks))
-    states = {}
-    for name, *row in zip(first.names, low.tolist(), high.tolist(), mean.tolist(), std.tolist()):
-        states[name] = dict(zip(("min", "max", "mean", "std"), row))
+    rows = np.stack([low, high, mean, std], axis=1).tolist()
+    states = {name: dict(zip(("min", "max", "mean", "std"), row)) for name, row in zip(first.names, rows)}
     return {"path": os.fspath(path), "kind": first.kind, "hz": first.hz, "action_dim": first.action_dim,
             "clip_shape": list(first.shape), **counts, "dropped": dropped, "splits": found, "states": states,
             "constant": [first.names[j] for j in np.flatnonzero(is_constant(low, high))]}
@@ -775,7 +1008,7 @@ def main(argv=None):
                    help="a .pt, or a folder with NVIDIA's .jit files")
     p.add_argument("--out", required=True, help="folder to make, or to go on with")
     p.add_argument("--size", type=int, help="resize frames to size x size")
-    p.add_argument("--stride", type=int, help="frames from a clip's start to the next (default: no overlap)")
+    p.add_argument("--stride", type=int, help="frames from a training clip to the next (default: 5000 clips)")
     p.add_argument("--frame_stride", type=int, default=1, help="take every n-th frame and action")
     p.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
     p.add_argument("--device", help="default: the rank's GPU, or cpu")
@@ -783,11 +1016,13 @@ def main(argv=None):
                             epilog="example: python data.py info data/robot --json")
     p.add_argument("path", metavar="DIR")
     p.add_argument("--json", action="store_true", help="print one JSON object")
+    for p in (commands.choices["encode"], commands.choices["info"]):
+        add_source_flags(p)
     options = vars(parser.parse_args(argv))
     run = options.pop("command")
     if run == "info":
-        found = info(options["path"])
-        print(json.dumps(found)) if options["json"] else print_info(found)
+        as_json, found = options.pop("json"), info(**options)
+        print(json.dumps(found)) if as_json else print_info(found)
     else:
         {None: walk, "synth": synth, "encode": encode}[run](**options)
 

@@ -480,7 +480,8 @@ def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
         say(f"no rollout of {windows} windows: it takes raw video, and recordings of {span} frames, which "
             f"{clips.path} does not hold; a smaller --rollout takes shorter ones")
         return {}
-    clips, found = open_clips(clips.path, "val", frames, None, clips.size, clips.frame_stride), {}
+    opened, found = clips.meta.get("opened", {}), {}
+    clips = open_clips(clips.path, "val", frames, None, clips.size, clips.frame_stride, **opened)
     chosen = spread(len(clips), min(len(clips), 16))
     for j in tqdm(range(rank, len(chosen), world), desc="rollouts", unit="clip", disable=rank > 0):
         clip = clips[chosen[j]]

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 import flow_hwm
 import masked_hwm
 from blocks import compile_blocks
-from data import HERE, JOINTS, PAST, ROBOT, open_clips, synth
+from data import HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, synth
 from tokenizer import (DataError, command, fingerprint, load_tokenizer, rank_and_world, to_uint8, to_video,
                        write_whole)
 
@@ -194,11 +194,12 @@ def validation_clips(saved, path=""):
     path = path or find(about.get("source", "")) or find(about.get("path", ""))
     if not path:
         raise DataError(f"the checkpoint's data {about.get('path')!r} is not there: say where with --data")
-    clips = open_clips(path, "val")
+    opened = about.get("opened", {}) if is_lerobot(path) else {}
+    clips = open_clips(path, "val", **opened)
     if clips.kind == "raw":
         # As it was encoded. 1X's tokens do not say from which size: then the size of the latents tells.
         size = about.get("size") or saved["model_config"]["W"] * saved["tokenizer"].get("spatial", 8)
-        clips = open_clips(path, "val", size=size, frame_stride=about.get("frame_stride", 1))
+        clips = open_clips(path, "val", size=size, frame_stride=about.get("frame_stride", 1), **opened)
     check_states(about, clips)
     return clips
 

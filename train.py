@@ -31,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from blocks import VARIANTS, compile_blocks, knob
-from data import HERE, PAST, ROBOT, DataError, action_statistics, open_clips, prepare_data, split_folders
+from data import (HERE, PAST, ROBOT, SOURCE, DataError, action_statistics, open_clips, prepare_data,
+                  split_folders)
 from sample import (MODELS, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
                     save_checkpoint, save_curve, save_gif, whole)
 from tokenizer import command, count_parameters, fingerprint, rank_and_world, write_whole
@@ -71,6 +72,10 @@ class TrainConfig:
     workers: int = knob(-1, "processes that read clips ahead; default: four on a GPU, none on a CPU", low=-1)
     # data that is made first
     encode: bool = knob(False, "encode raw video in --data into DATA_discrete or DATA_continuous")
+    stride: int = knob(0, "of that: frames from one clip to the next; default: about 5000 clips", low=0)
+    camera: str = knob("", SOURCE["camera"])
+    fit: str = knob("", SOURCE["fit"], choices=("crop", "pad"))
+    actions: str = knob("", SOURCE["actions"])
     frames: int = knob(20_000, "frames of the built-in robot, drawn where it is missing", low=1)
     # what is written
     log_every: int = knob(20, "steps from one line of log.jsonl to the next", low=1)
@@ -146,7 +151,7 @@ def train(config):
     settle(config, say)
     module = MODELS[config.model]
     folder, tokenizer = prepare_data(module.KIND, config.data, config.tokenizer, config.frames, config.encode,
-                                     kind, say)
+                                     kind, say, config.stride or None, **source_of(config))
     clips = open_clips(folder, "train")
     sizes = model_config(config, clips)
     about = describe(config, sizes, folder, clips, tokenizer)
@@ -261,7 +266,7 @@ def settle(config, say):
     """Fills in the preset, and what the preset decides. The first line printed says which preset, and why."""
     has_gpu, why = torch.cuda.is_available(), "as asked"
     if config.preset == "auto":
-        is_1x = config.data and "robot" not in open_clips(config.data, "train").meta
+        is_1x = config.data and "robot" not in open_clips(config.data, "train", **source_of(config)).meta
         config.preset = "paper" if has_gpu and is_1x else "tiny"
         source = f"data in {config.data}" if config.data else "no --data: the built-in robot"
         why = f"{'a' if has_gpu else 'no'} CUDA device, {source}"
@@ -290,6 +295,10 @@ def settle(config, say):
     if paper_on_cpu and not config.checkpoint_activations:
         config.checkpoint_activations = "products"
         say("no GPU: one clip at a time, holding no more than --checkpoint_activations products")
+
+def source_of(config):
+    """What is chosen of a LeRobot folder."""
+    return {name: getattr(config, name) for name in SOURCE}
 
 def model_options(name):
     """{name: field} of a model's dataclass, without what the data or a knob of TrainConfig decides."""
@@ -334,6 +343,7 @@ def describe(config, sizes, folder, clips, tokenizer):
     meta = clips.meta
     data = dict(path=folder, source=meta.get("source", ""), size=meta.get("size"), names=list(clips.names),
                 hz=clips.hz, frame_stride=meta.get("frame_stride", 1), clips=len(clips),
+                opened=meta.get("opened", {}),
                 sha256=fingerprint(os.path.join(clips.path, "metadata.json")))
     if not config.data:
         data.update(source=ROBOT, built_in={"frames": config.frames})

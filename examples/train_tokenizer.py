@@ -23,14 +23,15 @@ from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import open_clips
+from data import SOURCE, add_source_flags, open_clips
 from tokenizer import (PRESETS, CausalConv3d, DataError, Downsample, Tokenizer, Upsample, count_parameters,
                        load_tokenizer, psnr, rank_and_world, reason, save_tokenizer, to_uint8, to_video,
                        write_whole)
 
 # ---- scores --------------------------------------------------------------------------------------
 def raw_clips(args, split, stride=None):
-    clips = open_clips(args.data, split, stride=stride, size=args.size)
+    source = {name: getattr(args, name) for name in SOURCE}
+    clips = open_clips(args.data, split, stride=stride, size=args.size, **source)
     if clips.kind != "raw":
         raise DataError(f"{args.data} holds {clips.kind} latents: a tokenizer needs raw video")
     return clips
@@ -290,6 +291,7 @@ def main(argv):
     c.add_argument("--num", type=int, default=32, help="clips")
     for p in (t, c):
         p.add_argument("--data", required=True, help="folder of raw video, see data.py")
+        add_source_flags(p)
         p.add_argument("--size", type=int, help="resize frames to this; default: as stored")
         p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -30,5 +30,5 @@ def toy(tmp_path_factory):
         config = tokenizer.TokenizerConfig(channels=8, channels_mult=(1, 1, 1), num_res_blocks=1, z_channels=4,
                                            latent_channels=4, spatial_compression=8, levels=levels)
         tokenizer.save_tokenizer(tokenizer.Tokenizer(config), f"{root}/{name}.pt")
-        data.encode(f"{root}/raw", f"{root}/{name}.pt", f"{root}/{name}", device="cpu", progress=False)
+        data.encode(f"{root}/raw", f"{root}/{name}.pt", f"{root}/{name}", stride=17, device="cpu", progress=False)
     return root

@@ -520,7 +520,7 @@ def fake(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
-@pytest.mark.parametrize("stride, frame_stride", [(None, 1), (7, 1), (None, 2)])
+@pytest.mark.parametrize("stride, frame_stride", [(17, 1), (7, 1), (34, 2)])
 def test_cache_reads_like_a_data_folder(tmp_path, fake, monkeypatch, kind, stride, frame_stride):
     """Every latent frame 0, 1, 2 shows the number that actions 0, 8, 16 of its clip say."""
     monkeypatch.setattr(data, "CLIPS_PER_SHARD", 3)
@@ -536,7 +536,7 @@ def test_cache_reads_like_a_data_folder(tmp_path, fake, monkeypatch, kind, strid
         assert torch.allclose(shows.float(), b["actions"][::8, 0], atol=0.1)
         more = clips.more_actions(b["index"], 9)                         # never over a border or an overlap
         assert torch.equal(more, raw.more_actions(b["index"], 9)[:len(more)])
-    assert len(clips.more_actions(0, 9)) == (0 if stride else 9 if frame_stride == 1 else 0)
+    assert len(clips.more_actions(0, 9)) == (9 if stride == 17 else 0)
     assert data.info(tmp_path / "out")["clips"] == len(raw)
     if kind == "continuous":
         x = torch.stack([c["video"] for c in clips])
@@ -544,6 +544,56 @@ def test_cache_reads_like_a_data_folder(tmp_path, fake, monkeypatch, kind, strid
         std = x.std((0, 2, 3, 4), correction=0)
         assert std[1] == 0, "the second channel never changes: it is divided by 1, not by 0"
         assert np.allclose(clips.meta["latent_std"], torch.where(std == 0, 1, std), atol=1e-3)
+
+
+@pytest.mark.parametrize("frames, enough, frame_stride, stride", [
+    (105, 5000, 1, 1), (105, 35, 1, 3), (105, 4, 1, 17), (105, 4, 2, 26), (105, 2, 2, 34)])
+def test_windows_of_little_data_overlap(tmp_path, fake, monkeypatch, capsys, frames, enough, frame_stride, stride):
+    """About as many clips as are enough to train on; those for validation never overlap, whatever is asked."""
+    monkeypatch.setattr(data, "ENOUGH", enough)
+    for split in ("train", "val"):
+        raw_split(tmp_path / f"raw/{split}_v2.0")
+    data.encode(str(tmp_path / "raw"), str(fake / "discrete"), str(tmp_path / "out"), frame_stride=frame_stride)
+    assert data.open_clips(tmp_path / "out").meta["stride"] == stride
+    assert data.open_clips(tmp_path / "out", "val").meta["stride"] == 17 * frame_stride
+    said = capsys.readouterr().out
+    assert f"{len(data.open_clips(tmp_path / 'raw', stride=stride, frame_stride=frame_stride))} clips, one every {stride} of 105 frames" in said and "GB" in said
+    data.encode(str(tmp_path / "raw"), str(fake / "discrete"), str(tmp_path / "five"), stride=5, progress=False)
+    assert [data.open_clips(tmp_path / "five", split).meta["stride"] for split in ("train", "val")] == [5, 17]
+
+
+def test_85000_frames_do_not_overlap():
+    clips = types.SimpleNamespace(frame_stride=1, edges=np.array([0, 84_999]))
+    assert data.training_stride(clips) == 16
+    clips.edges[1] = 85_000
+    assert data.training_stride(clips) == 17
+
+
+@pytest.mark.parametrize("change", ["pixels", "states", "segments", "nothing"])
+def test_a_cache_knows_what_it_was_made_of(tmp_path, fake, change):
+    """TRAPS 31: recorded again with as many frames, the old latents are not taken for the new data's."""
+    folder = raw_split(tmp_path / "raw/train_v2.0")
+    encode = functools.partial(data.encode, str(tmp_path / "raw"), str(fake / "discrete"), str(tmp_path / "out"), progress=False)
+    encode()
+    if change == "pixels":
+        video = np.load(f"{folder}/videos/video_1.npy")
+        np.save(f"{folder}/videos/video_1.npy", 255 - video)
+    elif change == "states":
+        set_value("robot_states/states_1.bin", "<f4", 777, 5)(folder)
+    elif change == "segments":
+        set_value("segment_indices/segment_idx_0.bin", "<i4", slice(30, None), 7)(folder)
+    else:
+        os.utime(f"{folder}/videos/video_1.npy")
+        return encode()
+    with pytest.raises(data.DataError, match="(source_sha256|clips) .* delete .*out/train_v2.0 to make it anew"):
+        encode()
+
+
+def test_velocities_and_groups_reach_the_cache(tmp_path, fake):
+    raw_split(tmp_path / "raw/train_v2.0", velocities=[3], groups={"arm": [0, 1]})
+    data.encode(str(tmp_path / "raw"), str(fake / "discrete"), str(tmp_path / "out"), progress=False)
+    meta = data.open_clips(tmp_path / "out").meta
+    assert meta["velocities"] == [3] and meta["groups"] == {"arm": [0, 1]}
 
 
 def encode_process(fake, raw, out, rank=0, world=1, slow=0.0):
