@@ -39,8 +39,8 @@ MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 
 PARTS = {"ema": dict, "config": dict, "model_config": dict, "tokenizer": dict, "data": dict, "step": int}
 MAY_CHANGE = {  # options that may differ when a run is resumed, because its losses do not depend on them ...
-    "resume", "stop_after", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard",
-    "dtype", "encode", "accum", "preset", "checkpoint_activations", "tokenizer",
+    "resume", "stop_after", "log_every", "save_every", "sample_every", "val_every", "workers", "compile",
+    "out", "shard", "dtype", "encode", "accum", "preset", "checkpoint_activations", "tokenizer",
     "data", "steps", "options"}  # ... or because train.py compares what they stand for
 
 def whole(state):
@@ -432,23 +432,29 @@ def save_trace(strips, file, flow):
     write_whole(file, lambda temporary: paper.save(temporary, format="PNG"))
 
 def save_curve(folder):
-    """FOLDER/loss.png: the loss of log.jsonl over the steps, and below it what was dreamt on the way."""
+    """FOLDER/loss.png: the losses of log.jsonl over the steps, and below them what was dreamt on the way."""
     with open(f"{folder}/log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    steps, losses = zip(*((line["step"], line["loss"]) for line in log))
+    curves = {}  # (colour, width): points (step, loss)
+    for key, look in (("loss", ((31, 119, 180), 2)), ("val_loss", ((255, 127, 14), 3))):
+        curves[look] = np.array([(line["step"], line[key]) for line in log if key in line])
+    losses = np.concatenate([points[:, 1] for points in curves.values() if len(points)])
     gifs = sorted(glob(f"{escape(folder)}/samples/step_*.gif"))
     gifs = gifs[:: len(gifs) // 5 + 1]  # five at most
     canvas = Image.new("RGB", (760, 450 if gifs else 300), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((60, 4), f"loss of {folder} up to step {steps[-1]} (last {losses[-1]:.4g})", fill="black")
-    # 1. The curve. The few largest losses are those of the start: they leave the picture at its top.
+    last = ", ".join(f"last {key} {log[-1][key]:.4g}" for key in ("loss", "val_loss") if key in log[-1])
+    draw.text((60, 4), f"{folder} up to step {log[-1]['step']}: blue loss, orange val_loss ({last})", fill="black")
+    # 1. The curves. The few largest losses are those of the start: they leave the picture at its top.
     low, high = min(losses), np.quantile(losses, 0.98) + 1e-9
     for height, loss in zip((276, 150, 24), np.linspace(low, high, 3)):
         draw.line([(60, height), (748, height)], fill=(225, 225, 225))
         draw.text((4, height - 6), f"{loss:.4g}", fill="black")
-    x = np.interp(steps, [0, steps[-1]], [60, 748])
-    y = np.interp(losses, [low, high], [276, 24])
-    draw.line([*zip(x, y)], fill=(31, 119, 180), width=2)
+    for (colour, width), points in curves.items():
+        if len(points):
+            x = np.interp(points[:, 0], [0, log[-1]["step"]], [60, 748])
+            y = np.interp(points[:, 1], [low, high], [276, 24])
+            draw.line([*zip(x, y)], fill=colour, width=width)
     # 2. The last frame of each GIF. Its third column is the prediction.
     for left, file in zip(range(60, 760, 138), gifs):
         with Image.open(file) as gif:

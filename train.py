@@ -5,7 +5,7 @@
     python train.py --model masked --variant base --data 1x             # the paper's model, on a GPU
 
 In come clips: video as ids (T, H, W) or latents (C, T, H, W), and actions (17, A), one per frame. Into the
-folder OUT go ckpt.pt, log.jsonl, loss.png and samples/*.gif.
+folder OUT go ckpt.pt, ckpt_best.pt (lowest validation loss), log.jsonl, loss.png and samples/*.gif.
 
 Everything random is a function of the seed and a position: position p = step * batch + i names one clip and
 all noise in its loss. So a run is the same however its batch is divided among processes and micro-batches,
@@ -13,6 +13,7 @@ and to resume at step n is to read on at position n * batch.
 """
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -21,19 +22,20 @@ import socket
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from statistics import mean
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from blocks import VARIANTS, compile_blocks, knob
 from data import HERE, PAST, ROBOT, DataError, action_statistics, open_clips, prepare_data, split_folders
 from sample import (MODELS, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
-                    save_checkpoint, save_curve, save_gif, whole)
+                    save_checkpoint, save_curve, save_gif, spread, whole)
 from tokenizer import command, count_parameters, fingerprint, rank_and_world, write_whole
 
 # ---- the knobs of a run --------------------------------------------------------------------------
@@ -73,6 +75,7 @@ class TrainConfig:
     encode: bool = knob(False, "encode raw video in --data into DATA_discrete or DATA_continuous")
     frames: int = knob(20_000, "frames of the built-in robot, drawn where it is missing", low=1)
     # what is written
+    val_every: int = knob(0, "steps from one validation to the next; default: 14 in a run; -1: none", low=-1)
     log_every: int = knob(20, "steps from one line of log.jsonl to the next", low=1)
     save_every: int = knob(500, "steps from one checkpoint to the next", low=1)
     sample_every: int = knob(1000, "steps from one GIF to the next; 0: only at the end, -1: never", low=-1)
@@ -116,9 +119,11 @@ def micro_batches(stream, config, step, device):
         workers = 4 if on_gpu else 0  # a CPU's cores are busy with the model already
     loader = DataLoader(stream, batch_sampler=positions(config, step, *rank_and_world()), num_workers=workers,
                         pin_memory=on_gpu, worker_init_fn=ignore_signals)
-    for video, actions, draws in loader:
-        draws = {name: x.to(device, non_blocking=True) for name, x in draws.items()}
-        yield video.to(device, non_blocking=True), actions.to(device, non_blocking=True), draws
+    for batch in loader:
+        yield to_device(batch, device)
+
+def to_device(batch, device):
+    return tree_map(lambda x: x.to(device, non_blocking=True), batch)
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -150,14 +155,13 @@ def train(config):
     clips = open_clips(folder, "train")
     sizes = model_config(config, clips)
     about = describe(config, sizes, folder, clips, tokenizer)
+    if about["data"]["sha256"] != from_rank_0(about["data"]["sha256"]):
+        raise DataError(f"{folder} on {socket.gethostname()} is not the first machine's: copy that one")
 
     # 3. The folder of the run, which rank 0 locks and makes ready, and the checkpoint to go on from.
     lock = open_run_folder(config, say)
-    barrier()
-    file = os.path.join(config.out, "ckpt.pt")
-    saved = last_checkpoint(file) if config.resume else None
-    settle_dtype(config, saved, device)
-    autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+    file = f"{config.out}/ckpt.pt"
+    saved = read_by_rank_0(file, config)
 
     # 4. The model with the statistics of its data, the optimiser, and the running average of the weights.
     torch.manual_seed(config.seed)
@@ -166,24 +170,34 @@ def train(config):
     if module.KIND == "continuous":
         statistics += torch.tensor([clips.meta["latent_mean"], clips.meta["latent_std"]])
     model.set_statistics(*statistics)
-    say(f"{config.model} {config.variant}: {count_parameters(model) / 1e6:.1f} M parameters, {len(clips)} clips"
-        f" of {folder}, {config.steps} steps of {config.batch} clips on {world} x {kind} in {config.dtype}")
+    block = copy.deepcopy(model.blocks[0]).to(device)  # to be timed; below, the model may be in pieces
     runner = distribute(model, config, device)  # the same model, in what averages gradients over processes
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     ema = {name: x.detach().clone() for name, x in model.state_dict().items()}
-    step = 0
-    if saved:
-        step = restore(saved, model, optimizer, ema, config, about)
-        check_resumed(config, saved, about, say)
-        del saved
+    step = restore(saved, model, optimizer, ema, config, about) if saved else 0
 
-    # 5. The first micro-batch, which also serves to count operations: backward costs twice what forward does.
+    # 5. The first micro-batch. Its operations are counted: backward costs twice what forward does. And --dtype
+    # auto becomes what is faster on it, or what the run had before, for other types give other losses.
     stream = Stream(clips, model.draw, config.seed)
     batches = micro_batches(stream, config, step, device)
     video, actions, draws = next(batches)
-    with autocast:
-        flops = 3 * count_flops(lambda: model(video, actions, draws)) / len(video)
+    inputs = []
+    hook = model.blocks[0].register_forward_pre_hook(lambda _, args: inputs.extend(args))
+    flops = 3 * count_flops(lambda: model(video, actions, draws)) / len(video)
+    hook.remove()
+    if config.dtype == "auto":
+        config.dtype = saved["config"]["dtype"] if saved else from_rank_0(faster_dtype(block, *inputs))
+    autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+    say(f"{len(clips)} clips, each seen {config.steps * config.batch / len(clips):.1f} times: {config.model} "
+        f"{config.variant}, {count_parameters(model) / 1e6:.1f} M parameters, on {folder}, {config.steps} steps"
+        f" of {config.batch} clips on {world} x {kind} in {config.dtype}")
+    if saved:
+        check_resumed(config, saved, about, say)
+    del saved, block, inputs
+
+    # 6. Validation, the log, and the step to end with.
+    validation = Validation(config, model, folder, clips, device, say)
     log = Log(config, step, flops, kind)
     last = min(config.steps, config.stop_after or config.steps)
     asked = 0  # by how many signals, on all processes together, the run was asked to stop
@@ -229,20 +243,22 @@ def train(config):
             average(ema, model, min(config.ema, (1 + step) / (10 + step)))
 
             # What is written. All processes take part, for with --shard each of them holds a piece.
-            ends = step == last or asked > 0
+            ends, found = step == last or asked > 0, {}
             log.bar.update()
-            if is_due(config.log_every, step, ends):
-                log.write(step, loss=loss, lr=lr, grad_norm=norm)
+            if is_due(config.val_every, step, step == config.steps):
+                found = validation.measure(ema, autocast)
+                log.start += found["val_seconds"]  # this was no training
+            if found or is_due(config.log_every, step, ends):
+                log.write(step, loss=loss, lr=lr, grad_norm=norm, **found)
+            if found and log.best().get("step") == step:
+                save_best(config, ema, step, about)
             if is_due(config.save_every, step, ends):
                 save_checkpoint(file, model, optimizer, ema, step, config, about)
             if is_due(config.sample_every, step, step == config.steps):
                 show(config, about, sizes, ema, folder, step, device)
 
     log.bar.close()
-    if step == config.steps:
-        say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
-    else:
-        say(f"stopped after step {step}; the same command with --resume goes on from {file}")
+    log.conclude(config, step, file, say)
     dist.destroy_process_group()
 
 def average(ema, model, decay):
@@ -253,6 +269,82 @@ def average(ema, model, decay):
 def is_due(every, step, last):
     """every > 0: whenever so many steps are done, and after the last; 0: only after the last; -1: never."""
     return every > 0 and step % every == 0 or every >= 0 and last
+
+# ---- validation ----------------------------------------------------------------------------------
+
+class Validation:
+    """The loss of a few clips that are not trained on, always under the same noise and by the averaged
+    weights, so that steps can be compared. It touches nothing on which training depends."""
+    CLIPS = 32
+
+    def __init__(self, config, model, folder, trained_on, device, say):
+        self.model, self.batches = model, []
+        if "val" not in split_folders(folder):
+            say(f"no validation loss: {folder} has no val split")
+            config.val_every = -1
+        if config.val_every < 0:
+            return
+        self.clips = clips = open_clips(folder, "val")
+        if clips.shape != trained_on.shape or clips.names != trained_on.names:
+            raise DataError(f"{clips.path} has other latents or states than {trained_on.path}: make them alike")
+        chosen = spread(clips, min(self.CLIPS, len(clips)))
+        # Two forward passes of these clips cost under 3 % of the training: a step is three passes of a batch.
+        config.val_every = config.val_every or max(config.steps // 14, 25 * len(chosen) // config.batch)
+        say(f"validation loss of {len(chosen)} clips every {config.val_every} steps; {self.compare(chosen)}")
+
+        # Each process takes its share, in batches as large as training's. One that has no clip left takes one
+        # that does not count, because with --shard all must take part.
+        rank, world = rank_and_world()
+        share = config.batch // (world * config.accum)
+        for first in range(0, len(chosen), world * share):
+            mine = chosen[first + rank * share :][:share]
+            items = [self.item(i) for i in mine or chosen[:1]]
+            self.batches.append((len(mine), *to_device(default_collate(items), device)))
+
+    def item(self, i):
+        """Video, its actions, the same with the future ones of a clip far away, draws."""
+        video, actions = self.clips[i]["video"], self.clips[i]["actions"]
+        n_past = self.model.layout.lengths[2]
+        other = self.clips[(i + len(self.clips) // 2) % len(self.clips)]["actions"]
+        shuffled = torch.cat([actions[:n_past], other[n_past:]])
+        return video, actions, shuffled, self.model.draw(torch.Generator().manual_seed(i))
+
+    def compare(self, chosen):
+        """What the loss is to be set beside, in words."""
+        V, T_p = self.clips.vocab_size, self.model.layout.T_p
+        if self.clips.kind == "continuous":
+            return "knowing no more than the mean costs 1 at t = 0"
+        L = torch.stack([self.clips[i]["video"] for i in chosen])
+        p = (L[:, T_p:] == L[:, T_p - 1 : T_p]).float().mean().clamp(1e-6, 1 - 1e-6).item()
+        copying = -p * math.log(p) - (1 - p) * math.log((1 - p) / (V - 1))
+        return (f"guessing costs ln {V} = {math.log(V):.2f}; copying the last latent, which gets {p:.0%} of the "
+                f"ids right, {copying:.2f}")
+
+    @torch.no_grad()
+    def measure(self, ema, autocast):
+        """-> {"val_loss", "action_share": the loss under shuffled actions divided by it, "val_seconds"}"""
+        start, total = time.perf_counter(), torch.zeros(3, device=self.batches[0][1].device)
+        exchange(self.model, ema)
+        for counts, video, actions, shuffled, draws in self.batches:
+            with autocast:
+                true, n = self.model(video, actions, draws)
+                other, _ = self.model(video, shuffled, draws)
+            if counts:
+                total += torch.stack([true.float(), other.float(), n.float()])
+        if hasattr(self.model, "reshard"):  # with --shard averaged weights have been gathered: let go of them
+            self.model.reshard()
+        exchange(self.model, ema)
+        dist.all_reduce(total)
+        true, other, n = total
+        found = {"val_loss": (true / n).item(), "action_share": (other / true).item()}
+        return {**found, "val_seconds": time.perf_counter() - start}
+
+def exchange(model, ema):
+    """The averaged weights become the model's, and the model's the averaged; a second call undoes it."""
+    for name, p in model.named_parameters():
+        held = p.detach().clone()
+        p.copy_(ema[name])
+        ema[name].copy_(held)
 
 # ---- what was not given --------------------------------------------------------------------------
 
@@ -271,8 +363,6 @@ def settle(config, say):
             setattr(config, name, preset[name])
     check_flags(config)
     config.out = os.path.normpath(config.out or f"out/{config.model}_{config.variant}")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and has_run(config.out):
-        config.resume = True  # torchrun --max-restarts has begun this run again
 
     # A process's share of the batch goes into as few micro-batches as fit its memory.
     _, world = rank_and_world()
@@ -287,8 +377,8 @@ def settle(config, say):
         raise DataError(f"--batch {config.batch} cannot be divided among {world} processes x --accum "
                         f"{config.accum}: give a multiple of {parts}")
     if paper_on_cpu and not config.checkpoint_activations:
-        config.checkpoint_activations = "products"
-        say("no GPU: one clip at a time, holding no more than --checkpoint_activations products")
+        config.checkpoint_activations = "inputs" if config.compile else "products"
+        say(f"no GPU: one clip at a time, with --checkpoint_activations {config.checkpoint_activations}")
 
 def model_options(name):
     """{name: field} of a model's dataclass, without what the data or a knob of TrainConfig decides."""
@@ -302,31 +392,39 @@ def check_flags(config):
     for name in config.options:
         if name not in known:
             raise DataError(f"--{name} is no option of {config.model}, which has --{', --'.join(known)}")
-    for f in [*fields(TrainConfig), *known.values()]:
-        value = config.options.get(f.name, getattr(config, f.name, None))
-        low = f.metadata.get("low", 1 if f.type is int else None)
+    for f in fields(TrainConfig):
+        value, low = getattr(config, f.name), f.metadata.get("low", -math.inf)
         below = f.metadata.get("below", math.inf)
-        if None not in (value, low) and not low <= value < below:
+        if isinstance(value, (int, float)) and not low <= value < below:
             raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
+    if config.compile and config.checkpoint_activations == "products":
+        raise DataError("--checkpoint_activations products cannot look into blocks that --compile has compiled: "
+                        "leave one of them out, or give --checkpoint_activations inputs")
+    sizes_of(config)
+
+def sizes_of(config, **decided):
+    """The preset's sizes, with the options given and what is decided elsewhere."""
+    module = MODELS[config.model]
+    try:
+        return module.Config(**{**module.PRESETS[config.preset], **config.options, **decided})
+    except DataError as e:
+        flags = [f"--{name} {value}" for name, value in config.options.items()]
+        raise DataError(f"{' '.join(flags) or config.preset}: {e}") from None
 
 def model_config(config, clips):
-    """The preset's sizes, with the options given and what the data decides."""
-    module, tokenizer = MODELS[config.model], clips.meta.get("tokenizer", {})
-    sizes = module.Config(**{**module.PRESETS[config.preset], **config.options})
-    sizes.variant, sizes.checkpoint_activations = config.variant, config.checkpoint_activations
-    sizes.action_dim, sizes.temporal = clips.action_dim, tokenizer.get("temporal", 8)
-    *_, T, sizes.H, sizes.W = clips.shape  # of ids (T, H, W), of latents (C, T, H, W)
-    sizes.T_p = 1 + (PAST - 1) // sizes.temporal  # the first latent is of one frame
-    sizes.T_f = T - sizes.T_p
-    if module.KIND == "continuous":
-        sizes.channels, parts = clips.shape[0], sizes.n_head
-    else:
-        sizes.vocab_size, parts = clips.vocab_size, 2 * sizes.n_head  # rotary pairs fill a whole head here
-        sizes.share_digits &= "levels" in tokenizer  # ids of another's making do not say their digits
-        sizes.levels = tuple(tokenizer["levels"]) if sizes.share_digits else ()
-    if sizes.width % parts:
-        raise DataError(f"--width {sizes.width} with --n_head {sizes.n_head}: give a multiple of {parts}")
-    return sizes
+    """The sizes of the model, some of which its data decides."""
+    tokenizer = clips.meta.get("tokenizer", {})
+    *channels, T, H, W = clips.shape  # of latents (C, T, H, W), of ids (T, H, W)
+    temporal = tokenizer.get("temporal", 8)
+    T_p = 1 + (PAST - 1) // temporal  # the first latent is of one frame
+    decided = dict(action_dim=clips.action_dim, temporal=temporal, T_p=T_p, T_f=T - T_p, H=H, W=W)
+    if channels:
+        decided["channels"] = channels[0]
+    else:  # ids of another's making do not say their digits
+        digits = "levels" in tokenizer and sizes_of(config).share_digits
+        levels = tuple(tokenizer["levels"]) if digits else ()
+        decided.update(vocab_size=clips.vocab_size, share_digits=digits, levels=levels)
+    return sizes_of(config, variant=config.variant, checkpoint_activations=config.checkpoint_activations, **decided)
 
 def describe(config, sizes, folder, clips, tokenizer):
     """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
@@ -367,23 +465,27 @@ def device_of():
                         "train on the CPU with CUDA_VISIBLE_DEVICES=")
     return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
-def settle_dtype(config, saved, device):
-    """--dtype auto becomes what the run had before, or what rank 0 measures: other types, other losses."""
-    if config.dtype == "auto":
-        choice = [saved["config"]["dtype"] if saved else str(faster_dtype(device.type, device))]
-        dist.broadcast_object_list(choice, device=device)
-        config.dtype = choice[0].removeprefix("torch.")
+def from_rank_0(x):
+    """x of the first process, on all of them. Only that one reads and writes OUT, which others may not have."""
+    box = [x]
+    dist.broadcast_object_list(box)
+    return box[0]
 
-def faster_dtype(kind, device):
-    """bfloat16 where a GPU has units for it, or a CPU multiplies it at least 1.3 times as fast as float32."""
-    if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.randn(256, 256).to(dtype)
-        timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
-        seconds[dtype] = timer.timeit(3).mean
-    return torch.bfloat16 if 1.3 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+def faster_dtype(block, x, *rest):
+    """The number type in which a block of the model is faster, forward and back on real inputs."""
+    if x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print("this GPU computes no bfloat16: training is in float32")
+        return "float32"
+    seconds = {"float32": math.inf, "bfloat16": math.inf}
+    for name in [*seconds] * 4:  # in turn, for a machine may be busy for a while; the first two warm up
+        start = time.perf_counter()
+        with torch.autocast(x.device.type, getattr(torch, name), enabled=name != "float32"):
+            y = block(x.detach().requires_grad_(), *rest)
+        y.float().sum().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return min(seconds, key=seconds.get)
 
 def distribute(model, config, device):
     """The model as it is trained: whole on every process (DDP), or with --shard in pieces (FSDP2)."""
@@ -413,10 +515,8 @@ def remembered_signals():
             raise KeyboardInterrupt
         arrived.append(time.monotonic())
 
-    before = {s: signal.getsignal(s) for s in STOPPING}
-    for s, handler in before.items():
-        if s == signal.SIGINT or handler != signal.SIG_IGN:  # a run under nohup outlives its terminal
-            signal.signal(s, remember)
+    ignored = [s for s in STOPPING[1:] if signal.getsignal(s) == signal.SIG_IGN]  # as nohup ignores SIGHUP
+    before = {s: signal.signal(s, remember) for s in STOPPING if s not in ignored}
     try:
         yield arrived
     finally:
@@ -430,17 +530,17 @@ def ignore_signals(_):
 
 # ---- the folder of a run -------------------------------------------------------------------------
 
-def has_run(folder):
-    return any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "ckpt_previous.pt"))
-
 def open_run_folder(config, say):
     """Makes OUT and returns its lock. An earlier run is kept under another name, so that nothing is lost."""
     if rank_and_world()[0] > 0:
         return contextlib.nullcontext()
-    if config.resume and not has_run(config.out):
+    found = any(os.path.exists(f"{config.out}/{name}") for name in ("ckpt.pt", "ckpt_previous.pt"))
+    if found and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        config.resume = True  # torchrun --max-restarts has begun this run again
+    if config.resume and not found:
         raise DataError(f"there is no {config.out}/ckpt.pt to resume: leave --resume out, or change --out")
     lock = hold(config.out)
-    if has_run(config.out) and not config.resume:
+    if found and not config.resume:
         n = 1
         while os.path.exists(f"{config.out}.{n}"):
             n += 1
@@ -468,6 +568,13 @@ def hold(folder):
     print("process", os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
     return file
 
+def read_by_rank_0(file, config):
+    """The checkpoint to go on from, or None. Tensors are on rank 0 alone; `restore` hands them on."""
+    saved = None
+    if config.resume and rank_and_world()[0] == 0:
+        saved = last_checkpoint(file)
+    return from_rank_0(saved and {**saved, "model": {}, "ema": {}, "optimizer": {}}) and saved
+
 def check_resumed(config, saved, about, say):
     """Refuses other data than before, but not another path to it. A run may become longer."""
     then, now, step, steps = saved["data"], about["data"], saved["step"], saved["config"]["steps"]
@@ -492,10 +599,12 @@ class Log:
         self.is_writer = rank_and_world()[0] == 0
         self.bar = tqdm(total=config.steps, initial=step, desc="training", disable=not self.is_writer)
         self.step, self.start = step, time.perf_counter()
+        self.is_judged, kept = False, []
         if self.is_writer and os.path.exists(self.file):  # steps after the checkpoint will be logged again
             with open(self.file) as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
             write_whole(self.file, lambda name: open(name, "w").writelines(kept))
+        self.lines = [json.loads(line) for line in from_rank_0(kept)]
 
     def write(self, step, **measured):
         now = time.perf_counter()
@@ -504,10 +613,49 @@ class Log:
         line = {"step": step, **measured, "samples_per_s": rate, "tflops": self.flops * rate / 1e12,
                 "peak_gb": peak_gb(self.kind)}
         line = {name: round(x, 6) for name, x in line.items() if not math.isnan(x)}
+        self.lines.append(line)
         if self.is_writer:
             with open(self.file, "a") as f:
                 print(json.dumps(line), file=f)
-            self.bar.set_postfix(loss=f"{measured['loss']:.4f}", per_s=f"{rate:.1f}")
+            val = ", ".join(f"{old['val_loss']:.4f}" for old in self.validated()[-1:])
+            self.bar.set_postfix(loss=f"{line['loss']:.4f}", val=val, per_s=f"{rate:.1f}")
+            self.judge()
+
+    def validated(self):
+        return [line for line in self.lines if "val_loss" in line]
+
+    def best(self):
+        """The line of the lowest validation loss, or {}."""
+        return min(self.validated(), key=lambda line: line["val_loss"], default={})
+
+    def judge(self):
+        """Says it once when three validations in a row are 1 % above the best while training loss falls."""
+        best, late = self.best(), [line["val_loss"] for line in self.validated()[-3:]]
+        if self.is_judged or not best or min(late) < 1.01 * best["val_loss"]:
+            return
+        before = [line["loss"] for line in self.lines if line["step"] <= best["step"]]
+        after = [line["loss"] for line in self.lines if line["step"] > best["step"]]
+        if mean(after) < mean(before):
+            self.is_judged = True
+            self.bar.write(
+                f"The model is memorising its clips: training loss falls, but validation loss, {late[-1]:.4g}, "
+                f"was {best['val_loss']:.4g} at step {best['step']}. Three things help: more clips (data.py "
+                "encode --stride 4, or more recordings); fewer --steps (ckpt_best.pt holds the best so far); "
+                "a smaller --width or a larger --weight_decay.")
+
+    def conclude(self, config, step, file, say):
+        """Which checkpoint is the better one, and what to do with it."""
+        best = self.best()
+        if step < config.steps:
+            say(f"stopped after step {step}; the same command with --resume goes on from {file}")
+            return
+        if best and best["step"] < step:
+            file, loss = f"{config.out}/ckpt_best.pt", self.lines[-1].get("val_loss", math.nan)
+            say(f"{file}, of step {best['step']}, is better than ckpt.pt: its validation loss is lower by "
+                f"{1 - best['val_loss'] / loss:.1%}, {best['val_loss']:.4g} instead of {loss:.4g}")
+        elif best:
+            say(f"the last step is the best: its validation loss, {best['val_loss']:.4g}, is the lowest")
+        say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
 
 def peak_gb(kind):
     """The most memory that was held, on the GPU or by this process; nan where that is not known."""
@@ -535,6 +683,12 @@ def refuse(config, step, loss, norm, stream):
     names = [stream.clips.where(stream.clip_index(p)) for p in range(first, first + min(config.batch, 4))]
     raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; {config.out}/ckpt.pt is as it was. "
                     f"The batch began with {', '.join(names)}: look at these clips, or lower --lr")
+
+def save_best(config, ema, step, about):
+    """OUT/ckpt_best.pt, by rank 0: what sampling and scoring need, but no resuming."""
+    best = {"ema": whole(ema), "step": step, "config": asdict(config), **about}
+    if rank_and_world()[0] == 0:
+        write_whole(f"{config.out}/ckpt_best.pt", lambda name: torch.save(best, name))
 
 def show(config, about, sizes, ema, folder, step, device):
     """OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four validation clips."""

@@ -369,7 +369,7 @@ def test_a_signal_ends_a_run_with_its_checkpoint(toy, tmp_path, monkeypatch, num
 
     before = signal.getsignal(number)
     monkeypatch.setattr(masked_hwm.MaskedHWM, "draw", draw_and_interrupt)
-    run(toy, tmp_path, steps=50)
+    run(toy, tmp_path, steps=50, val_every=-1)
     assert read(tmp_path)["step"] == 2
     assert signal.getsignal(number) == before, "as in a notebook, where Ctrl-C must work afterwards"
 
@@ -484,10 +484,10 @@ def test_flags_that_change_nothing_may_change(toy, tmp_path, name, value):
 
 def test_the_number_type_is_measured_once_for_a_run(toy, tmp_path, monkeypatch):
     """--dtype auto is a stopwatch: a resumed run keeps what the first part used, or its losses would differ."""
-    monkeypatch.setattr(training, "faster_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(training, "faster_dtype", lambda *_: "float32")
     straight = run(toy, tmp_path / "a", steps=4, dtype="auto")
     run(toy, tmp_path / "b", steps=4, dtype="auto", stop_after=2)
-    monkeypatch.setattr(training, "faster_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(training, "faster_dtype", lambda *_: "bfloat16")
     assert losses(run(toy, tmp_path / "b", steps=4, dtype="auto", resume=True)) == losses(straight)
 
 
@@ -596,10 +596,10 @@ def two_processes(toy, tmp_path_factory):
     train them one after the other (the environment is torchrun's). -> folder of the runs"""
     root = tmp_path_factory.mktemp("two")
     configs = [config(toy, root / f"{m}_{v}", m, v) for m, v in PAIRS]
-    configs += [config(toy, root / f"four_{m}", m, "full", steps=4, lr=1e-3) for m in ("masked", "flow")]
+    configs += [config(toy, root / f"four_{m}", m, "full", steps=4, lr=1e-3, val_every=2) for m in ("masked", "flow")]
     configs += [config(toy, root / "accum", "masked", "full", steps=4, lr=1e-3, accum=2, stop_after=2),
                 config(toy, root / "accum", "masked", "full", steps=4, lr=1e-3, accum=2, resume=True)]
-    configs += [config(toy, root / f"shard_{m}", m, "full", steps=4, lr=1e-3, shard=True) for m in ("masked", "flow")]
+    configs += [config(toy, root / f"shard_{m}", m, "full", steps=4, lr=1e-3, shard=True, val_every=2) for m in ("masked", "flow")]
     configs += [config(toy, root / "shard_stop", "flow", "full", steps=4, lr=1e-3, shard=True, stop_after=2),
                 config(toy, root / "shard_stop", "flow", "full", steps=4, lr=1e-3, shard=True, resume=True)]
     (root / "driver.py").write_text(textwrap.dedent(DRIVER).format(main=MAIN, tests=os.path.dirname(os.path.abspath(__file__))))
@@ -736,3 +736,177 @@ def test_any_tokenizer_that_can_be_trained_can_be_used(toy, tmp_path, temporal, 
     run(toy, tmp_path / "run", "flow", data=f"{tmp_path}/cv")
     sizes = read(tmp_path / "run")["model_config"]
     assert (sizes["temporal"], sizes["T_p"], sizes["T_f"], sizes["H"]) == (temporal, 1 + 8 // temporal, 8 // temporal, 32 // spatial)
+
+
+# ---- validation
+
+
+def validation_loss(toy, out, model, shuffled=False):
+    """The loss of all five validation clips by the averaged weights, computed here one clip after the other."""
+    net, _ = sample.load_model(f"{out}/ckpt.pt")
+    clips, total, n = data.open_clips(config(toy, "", model).data, "val"), 0, 0
+    for i in range(len(clips)):
+        actions = clips[i]["actions"].clone()
+        if shuffled:
+            actions[9:] = clips[(i + 2) % 5]["actions"][9:]
+        item = clips[i]["video"], actions, net.draw(torch.Generator().manual_seed(i))
+        loss, count = net(*torch.utils.data.default_collate([item]))
+        total, n = total + loss.item(), n + count.item()
+    return total / n
+
+
+@both
+def test_validation_loss_is_that_of_the_averaged_weights(toy, tmp_path, model):
+    lines = run(toy, tmp_path, model, steps=4, lr=0.01, val_every=2)
+    assert ["val_loss" in line for line in lines] == [False, True, False, True]
+    loss = validation_loss(toy, tmp_path, model)
+    assert lines[3]["val_loss"] == pytest.approx(loss, rel=1e-5) and lines[3]["val_loss"] != lines[1]["val_loss"]
+    share = validation_loss(toy, tmp_path, model, shuffled=True) / loss
+    assert lines[3]["action_share"] == pytest.approx(share, rel=1e-5) and share != 1
+
+
+@both
+def test_validation_changes_no_training_loss(toy, tmp_path, model):
+    with_, without = (run(toy, tmp_path / str(n), model, steps=5, lr=0.01, val_every=n) for n in (1, -1))
+    assert losses(with_) == losses(without)
+    assert all("val_loss" in line for line in with_) and not any("val_loss" in line for line in without)
+    assert not os.path.exists(tmp_path / "-1" / "ckpt_best.pt")
+    a, b = read(tmp_path / "1"), read(tmp_path / "-1")
+    for part in ("model", "ema"):
+        assert all(torch.equal(v, b[part][k]) for k, v in a[part].items()), "bit for bit"
+
+
+def test_a_resumed_run_validates_as_if_never_stopped(toy, tmp_path):
+    """Its best checkpoint, too: step 1 is the best of a run that gets worse, also if it was stopped after step 2."""
+    bad = dict(steps=4, lr=3.0, ema=0.0, warmup=0, val_every=1)
+    straight = run(toy, tmp_path / "a", **bad)
+    run(toy, tmp_path / "b", **bad, stop_after=2)
+    resumed = run(toy, tmp_path / "b", **bad, resume=True)
+    same = lambda line: (line["loss"], line["val_loss"], line["action_share"])
+    assert list(map(same, resumed)) == list(map(same, straight))
+    assert read(tmp_path / "a", "ckpt_best.pt")["step"] == read(tmp_path / "b", "ckpt_best.pt")["step"] < 4
+
+
+def test_the_best_checkpoint_is_the_lowest(toy, tmp_path, capsys):
+    lines = run(toy, tmp_path, steps=6, lr=2.0, ema=0.0, warmup=0, val_every=1)
+    best = min(lines, key=lambda line: line["val_loss"])
+    assert best["step"] < 6 and read(tmp_path, "ckpt_best.pt")["step"] == best["step"]
+    said = capsys.readouterr().out
+    assert f"of step {best['step']}, is better than ckpt.pt" in said and f"{1 - best['val_loss'] / lines[-1]['val_loss']:.1%}" in said
+    assert f"--ckpt {tmp_path}/ckpt_best.pt" in said and not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+    net, saved = sample.load_model(f"{tmp_path}/ckpt_best.pt")
+    assert saved["step"] == best["step"] and all(torch.equal(v, saved["ema"][k]) for k, v in net.state_dict().items())
+    dreams = sample.dream(net, tok.load_tokenizer(f"{toy}/dv.pt"), sample.validation_clips(saved), num=1, K=1)
+    assert dreams["prediction"].shape == (1, 8, 32, 32, 3)
+
+
+def test_the_last_step_may_be_the_best(toy, tmp_path, capsys):
+    run(toy, tmp_path, steps=2, lr=1e-3, val_every=1)
+    assert "the last step is the best" in capsys.readouterr().out and read(tmp_path, "ckpt_best.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("memorises", [True, False])
+def test_memorising_is_said(toy, tmp_path, capsys, memorises):
+    """Two clips are soon known by heart; with twelve and a small rate nothing of the kind happens."""
+    folder = f"{toy}/dv"
+    if memorises:
+        folder = f"{tmp_path}/two"
+        shutil.copytree(toy / "dv", folder)
+        keep_clips(f"{folder}/train_v2.0", 2)
+    lines = run(toy, tmp_path / "run", data=folder, steps=60 if memorises else 12, lr=0.01 if memorises else 1e-4, warmup=5,
+                val_every=6 if memorises else 1, ema=0.5)
+    said = capsys.readouterr().out
+    assert said.count("memorising") == memorises, [line.get("val_loss") for line in lines]
+    if memorises:
+        assert "--stride" in said and "--steps" in said and "--width" in said
+        assert "2 clips, each seen 120.0 times" in said
+
+
+def keep_clips(split, n):
+    """Cuts a split of one shard down to its first n clips."""
+    for file, size in (("videos/video_0.bin", None), ("robot_states/states_0.bin", 17 * n * 25 * 4),
+                       ("segment_indices/segment_idx_0.bin", 17 * n * 4)):
+        content = open(f"{split}/{file}", "rb").read()
+        meta = json.load(open(f"{split}/metadata.json"))
+        size = size or len(content) // (meta["num_images"] // 17) * n
+        open(f"{split}/{file}", "wb").write(content[:size])
+    data.save(f"{split}/metadata/metadata_0.json", {"shard_num_frames": 17 * n, "shard_ind": 0})
+    data.save(f"{split}/metadata.json", {**meta, "num_images": 17 * n})
+
+
+@both
+def test_actions_help_a_trained_model(toy, tmp_path, model):
+    """Clips whose future is what the actions say: the loss under other actions is higher."""
+    folder = config(toy, "", model).data
+    shutil.copytree(folder, tmp_path / "data")
+    for split in ("train", "val"):
+        follow_actions(f"{tmp_path}/data/{split}_v2.0")
+    last = run(toy, tmp_path / "run", model, data=f"{tmp_path}/data", steps=60, batch=8, lr=0.01, warmup=5)[-1]
+    assert last["action_share"] > 1.1
+
+
+def follow_actions(split):
+    """Clips with constant future: the first state says which of two."""
+    clips = data.open_clips(os.path.dirname(split), "train" if "train" in split else "val")
+    n, kind = len(clips), clips.kind
+    states = np.fromfile(f"{split}/robot_states/states_0.bin", "<f4").reshape(n, 17, 25)
+    which = np.arange(n) % 2
+    states[:] = np.where(which, 1, -1)[:, None, None]
+    states[:, :9] = 0
+    states.tofile(f"{split}/robot_states/states_0.bin")
+    dtype = np.int32 if kind == "discrete" else np.float16
+    video = np.fromfile(f"{split}/videos/video_0.bin", dtype).reshape(n, *clips.shape)
+    future = (slice(None), *[slice(None)] * (len(clips.shape) - 3), 2)
+    video[future] = (which * 7).reshape(n, *[1] * (len(clips.shape) - 1)) if kind == "discrete" else (
+        np.where(which, 1, -1) * 2).reshape(n, *[1] * (len(clips.shape) - 1))
+    video.tofile(f"{split}/videos/video_0.bin")
+
+
+def test_no_validation_split_is_said_once(toy, tmp_path, capsys):
+    shutil.copytree(toy / "dv", tmp_path / "dv")
+    shutil.rmtree(tmp_path / "dv" / "val_v2.0")
+    lines = run(toy, tmp_path / "run", data=f"{tmp_path}/dv")
+    assert capsys.readouterr().out.count("no val split") == 1 and not any("val_loss" in line for line in lines)
+    assert not os.path.exists(tmp_path / "run" / "ckpt_best.pt")
+
+
+def test_what_the_validation_loss_is_set_beside(toy, tmp_path, capsys):
+    L = torch.stack([clip["video"] for clip in data.open_clips(f"{toy}/dv", "val")])
+    p = (L[:, 2] == L[:, 1]).double().mean().item()
+    run(toy, tmp_path / "masked", steps=1)
+    said = capsys.readouterr().out
+    assert "ln 64 = 4.16" in said and f"{p:.0%} of the ids" in said and f"{-p * np.log(p) - (1 - p) * np.log((1 - p) / 63):.2f}" in said
+    run(toy, tmp_path / "flow", "flow", steps=1)
+    assert "costs 1" in capsys.readouterr().out
+
+
+def test_validation_clips_unlike_the_training_clips_are_refused(toy, tmp_path):
+    shutil.copytree(toy / "dv", tmp_path / "dv")
+    shutil.rmtree(tmp_path / "dv" / "val_v2.0")
+    shutil.copytree(toy / "cv" / "val_v2.0", tmp_path / "dv" / "val_v2.0")
+    assert "make them alike" in ends(training.main, *flags(toy, tmp_path / "run", data=f"{tmp_path}/dv"))
+
+
+def test_both_curves_are_drawn(toy, trained, tmp_path):
+    """Orange is in loss.png where log.jsonl has validation losses, and only there."""
+    orange = {}
+    for name in ("with", "without"):
+        os.makedirs(tmp_path / name)
+        with open(tmp_path / name / "log.jsonl", "w") as f:
+            for step in range(1, 30):
+                line = {"step": step, "loss": 1 / step, **({"val_loss": 0.5 + 1 / step} if name == "with" and step % 5 == 0 else {})}
+                print(json.dumps(line), file=f)
+        sample.save_curve(str(tmp_path / name))
+        pixels = np.asarray(Image.open(tmp_path / name / "loss.png")).astype(int)
+        orange[name] = int(((pixels[..., 0] > 200) & (pixels[..., 2] < 60)).sum())
+    assert orange["with"] > 300 and orange["without"] == 0
+
+
+def test_two_processes_validate_as_one(toy, two_processes, tmp_path):
+    """Five clips on two processes, also sharded: one of them takes a clip that does not count."""
+    for model in ("masked", "flow"):
+        one = run(toy, tmp_path / model, model, "full", steps=4, lr=1e-3, val_every=2)
+        for two in (log(two_processes / f"four_{model}"), log(two_processes / f"shard_{model}")):
+            for key in ("val_loss", "action_share"):
+                np.testing.assert_allclose([line[key] for line in one[1::2]], [line[key] for line in two[1::2]], rtol=1e-5)
+        assert read(two_processes / f"shard_{model}", "ckpt_best.pt")["step"] == 4
