@@ -570,10 +570,9 @@ def hold(folder):
 
 def read_by_rank_0(file, config):
     """The checkpoint to go on from, or None. Tensors are on rank 0 alone; `restore` hands them on."""
-    saved = None
-    if config.resume and rank_and_world()[0] == 0:
-        saved = last_checkpoint(file)
-    return from_rank_0(saved and {**saved, "model": {}, "ema": {}, "optimizer": {}}) and saved
+    saved = last_checkpoint(file) if config.resume and rank_and_world()[0] == 0 else None
+    rest = from_rank_0(saved and {**saved, "model": {}, "ema": {}, "optimizer": {}})
+    return saved or rest
 
 def check_resumed(config, saved, about, say):
     """Refuses other data than before, but not another path to it. A run may become longer."""

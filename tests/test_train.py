@@ -816,7 +816,7 @@ def test_memorising_is_said(toy, tmp_path, capsys, memorises):
     lines = run(toy, tmp_path / "run", data=folder, steps=60 if memorises else 12, lr=0.01 if memorises else 1e-4, warmup=5,
                 val_every=6 if memorises else 1, ema=0.5)
     said = capsys.readouterr().out
-    assert said.count("memorising") == memorises, [line.get("val_loss") for line in lines]
+    assert said.count("model is memorising") == memorises, [line.get("val_loss") for line in lines]
     if memorises:
         assert "--stride" in said and "--steps" in said and "--width" in said
         assert "2 clips, each seen 120.0 times" in said
@@ -847,7 +847,7 @@ def test_actions_help_a_trained_model(toy, tmp_path, model):
 
 def follow_actions(split):
     """Clips with constant future: the first state says which of two."""
-    clips = data.open_clips(os.path.dirname(split), "train" if "train" in split else "val")
+    clips = data.open_clips(os.path.dirname(split), os.path.basename(split)[:-5])
     n, kind = len(clips), clips.kind
     states = np.fromfile(f"{split}/robot_states/states_0.bin", "<f4").reshape(n, 17, 25)
     which = np.arange(n) % 2
