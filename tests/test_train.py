@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -576,6 +577,7 @@ DRIVER = """
     for port, with_pictures, config in runs:
         os.environ["MASTER_PORT"] = str(port)
         train.show = show if with_pictures else lambda *_: None
+        os.chdir(f"{{os.path.dirname(sys.argv[1])}}/machine_{{os.environ['RANK']}}")
         train.train(train.TrainConfig(**config))
 """
 
@@ -602,6 +604,10 @@ def two_processes(toy, tmp_path_factory):
     configs += [config(toy, root / f"shard_{m}", m, "full", steps=4, lr=1e-3, shard=True, val_every=2) for m in ("masked", "flow")]
     configs += [config(toy, root / "shard_stop", "flow", "full", steps=4, lr=1e-3, shard=True, stop_after=2),
                 config(toy, root / "shard_stop", "flow", "full", steps=4, lr=1e-3, shard=True, resume=True)]
+    for rank in range(2):
+        shutil.copytree(toy / "dv", root / f"machine_{rank}" / "data")
+    apart = dict(variant="full", data="data", steps=4, lr=1e-3, val_every=2)
+    configs += [config(toy, "run", stop_after=2, **apart), config(toy, "run", resume=True, **apart)]
     (root / "driver.py").write_text(textwrap.dedent(DRIVER).format(main=MAIN, tests=os.path.dirname(os.path.abspath(__file__))))
     (root / "runs.json").write_text(json.dumps([[p, c.out.endswith("flow_split"), vars(c)] for p, c in zip(free_ports(len(configs)), configs)]))
     own = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", OMP_NUM_THREADS="1")
@@ -910,3 +916,79 @@ def test_two_processes_validate_as_one(toy, two_processes, tmp_path):
             for key in ("val_loss", "action_share"):
                 np.testing.assert_allclose([line[key] for line in one[1::2]], [line[key] for line in two[1::2]], rtol=1e-5)
         assert read(two_processes / f"shard_{model}", "ckpt_best.pt")["step"] == 4
+
+
+# ---- number types, options, machines
+
+
+def test_the_number_type_is_the_faster_one_of_the_models_block():
+    """A block that is slow in one type is timed forward and back, on its own inputs, and left as it was."""
+    class Block(torch.nn.Module):
+        def __init__(self, slow):
+            super().__init__()
+            self.linear, self.slow, self.seen = torch.nn.Linear(4, 4), slow, []
+
+        def forward(self, x, extra):
+            y = self.linear(x) * extra
+            self.seen.append((str(y.dtype), x.requires_grad))
+            if str(y.dtype) == f"torch.{self.slow}":
+                time.sleep(0.02)
+            return y
+
+    for slow, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        block = Block(slow)
+        assert training.faster_dtype(block, torch.ones(2, 3, 4), torch.ones((), dtype=torch.bfloat16)) == other
+        assert {dtype for dtype, _ in block.seen} == {"torch.float32", "torch.bfloat16"} and all(g for _, g in block.seen)
+
+
+@both
+def test_auto_times_a_copy_of_the_first_block_on_the_first_micro_batch(toy, tmp_path, monkeypatch, model):
+    given = []
+    monkeypatch.setattr(training, "faster_dtype", lambda block, *inputs: given.append((block, inputs)) or "float32")
+    auto = run(toy, tmp_path / "a", model, dtype="auto", accum=2)
+    ((block, inputs),) = given
+    assert inputs[0].shape[0] == 2 and inputs[0].shape[2] == 24  # half of the batch, width 24
+    assert type(block) is type(MODELS[model].Model(MODELS[model].Config(**read(tmp_path / "a")["model_config"])).blocks[0])
+    assert losses(auto) == losses(run(toy, tmp_path / "b", model, accum=2)) and read(tmp_path / "a")["config"]["dtype"] == "float32"
+
+
+def test_a_gpu_without_bfloat16_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert training.faster_dtype(None, SimpleNamespace(is_cuda=True)) == "float32" and "bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model, options, word", [("flow", dict(p_drop=2.0), "--p_drop 2.0"), ("masked", dict(rho_max=-1.0), "--rho_max -1.0"),
+                                                  ("flow", dict(time_width=63), "--time_width 63"), ("masked", dict(width=36), "--width 36"),
+                                                  ("flow", dict(patch=5), "--patch 5"), ("flow", dict(drop="none"), "--drop none")])
+def test_options_that_make_no_sense_are_refused_before_any_work(tmp_path, monkeypatch, model, options, word):
+    """Without --data: the built-in robot would be drawn first."""
+    monkeypatch.setattr(training, "prepare_data", lambda *_: pytest.fail("it began to work"))
+    c = TrainConfig(model=model, variant="full", preset="tiny", out=f"{tmp_path}/run", options=options)
+    with pytest.raises(data.DataError) as e:
+        training.train(c)
+    assert str(e.value).startswith(word) and not os.listdir(tmp_path)
+
+
+def test_compiled_blocks_cannot_store_products_only(toy, tmp_path, monkeypatch):
+    sentence = ends(training.main, *flags(toy, tmp_path / "run", compile=True, checkpoint_activations="products"))
+    assert "--compile" in sentence and "--checkpoint_activations inputs" in sentence and not os.listdir(tmp_path)
+    c = config(toy, "x", preset="paper", compile=True)  # a default of the paper preset on a CPU gives way
+    training.settle(c, lambda *_: None)
+    assert c.checkpoint_activations == "inputs"
+
+
+def test_an_epoch_count_is_said_first(toy, tmp_path, capsys):
+    run(toy, tmp_path, steps=3, batch=8, accum=2)
+    assert "12 clips, each seen 2.0 times" in capsys.readouterr().out
+
+
+def test_only_the_first_machine_holds_the_run(toy, two_processes):
+    """Two processes in folders of their own, as on two machines, each with its own copy of the data. The second never
+    has OUT, and goes on all the same; its data must be the first one's."""
+    assert losses(log(two_processes / "machine_0" / "run")) == losses(log(two_processes / "four_masked"))
+    assert os.listdir(two_processes / "machine_1") == ["data"]
+
+
+def test_other_data_on_another_machine_is_refused(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "from_rank_0", lambda x: "another" if isinstance(x, str) and len(x) == 64 else x)
+    assert "first machine" in ends(training.main, *flags(toy, tmp_path / "run"))
