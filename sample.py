@@ -107,7 +107,8 @@ def last_checkpoint(file):
 def restore(saved, model, optimizer, ema, config, about):
     """Put a checkpoint's state back into model, optimizer and ema, in place -> the step to go on from.
     Every process must call this. DataError where an option differs that would change the run's losses."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (StateDictOptions, set_model_state_dict,
+                                                         set_optimizer_state_dict)
     # 1. It must be the same run. An option that the checkpoint does not know is younger and is not compared.
     if "optimizer" not in saved:
         raise DataError(f"the checkpoint in {config.out} was made by --export: it cannot be resumed")
@@ -123,8 +124,8 @@ def restore(saved, model, optimizer, ema, config, about):
     for name, tensor in model.state_dict().items():
         ema[name].copy_(tensor)
     # 3. The weights themselves, and the moments of AdamW.
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                   options=options)
+    set_model_state_dict(model, saved["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     # 4. The losses draw their noise by position (train.Stream), so this generator serves only other code.
     torch.set_rng_state(saved["rng"])
     return saved["step"]
