@@ -30,8 +30,8 @@ import flow_hwm
 import masked_hwm
 from blocks import compile_blocks
 from data import HERE, JOINTS, PAST, ROBOT, open_clips, synth
-from tokenizer import (DataError, command, fingerprint, load_tokenizer, rank_and_world, to_uint8, to_video,
-                       write_whole)
+from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world, to_uint8,
+                       to_video, write_whole)
 
 MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 
@@ -67,6 +67,12 @@ def save_checkpoint(file, model, optimizer, ema, step, config, about):
     if rank_and_world()[0] == 0:
         write_whole(file, write)
 
+def save_best(file, ema, step, config, about):
+    """The same without what resuming needs."""
+    saved = {"ema": whole(ema), "step": step, "config": asdict(config), **about}
+    if rank_and_world()[0] == 0:
+        write_whole(file, lambda temporary: torch.save(saved, temporary))
+
 def read_checkpoint(file):
     """What `save_checkpoint` or `export` wrote, on the CPU. DataError where the file is anything else.
     Only tensors and plain values are read, so that a file cannot run code. Every byte is compared with its
@@ -90,19 +96,21 @@ def read_checkpoint(file):
     return content
 
 def last_checkpoint(file):
-    """The checkpoint to resume from: `file`, or the previous one where `file` is missing or damaged."""
-    previous = file.replace(".pt", "_previous.pt")
-    try:
-        return read_checkpoint(file)
-    except DataError as e:
-        if not os.path.exists(previous):
-            raise
-        saved = read_checkpoint(previous)
-        if rank_and_world()[0] == 0:
+    """The checkpoint to resume from: `file`, or the previous one where `file` is missing or damaged. Rank 0
+    reads it, and the others get it without its tensors, which `restore` hands on."""
+    saved, previous = None, file.replace(".pt", "_previous.pt")
+    if rank_and_world()[0] == 0:
+        try:
+            saved = read_checkpoint(file)
+        except DataError as e:
+            if not os.path.exists(previous):
+                raise
+            saved = read_checkpoint(previous)
             print(f"{e}; going on from {previous}")
             if os.path.exists(file):  # else the next save would put it in the place of the good one
                 os.replace(file, file + ".damaged")
-        return saved
+    light = from_rank_0(saved and {**saved, "model": {}, "ema": {}, "optimizer": {}})
+    return saved or light
 
 def restore(saved, model, optimizer, ema, config, about):
     """Put a checkpoint's state back into model, optimizer and ema, in place -> the step to go on from.
@@ -445,7 +453,8 @@ def save_curve(folder):
     canvas = Image.new("RGB", (760, 450 if gifs else 300), "white")
     draw = ImageDraw.Draw(canvas)
     last = ", ".join(f"last {key} {log[-1][key]:.4g}" for key in ("loss", "val_loss") if key in log[-1])
-    draw.text((60, 4), f"{folder} up to step {log[-1]['step']}: blue loss, orange val_loss ({last})", fill="black")
+    title = f"{folder} up to step {log[-1]['step']}: loss (blue), val_loss (orange); {last}"
+    draw.text((60, 4), title, fill="black")
     # 1. The curves. The few largest losses are those of the start: they leave the picture at its top.
     low, high = min(losses), np.quantile(losses, 0.98) + 1e-9
     for height, loss in zip((276, 150, 24), np.linspace(low, high, 3)):

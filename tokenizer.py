@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -440,7 +441,7 @@ def way_out(error):
     return "look at that path and its disk"
 
 def command(main):
-    """Decorates every module's main(argv): bad input ends in exit code 1 and one sentence, said by rank 0."""
+    """Decorates every module's main(argv): bad input ends in exit code 1 and a sentence, once a machine."""
     def run(argv=None):
         try:
             return main(argv)
@@ -449,7 +450,8 @@ def command(main):
         except OSError as e:
             sentence = f"{e.filename or 'a file'}: {reason(e)}; {way_out(e)}"
         program = os.path.basename(main.__code__.co_filename)
-        sys.exit(1 if rank_and_world()[0] else f"{program}: {sentence}")
+        is_first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+        sys.exit(f"{program}: {sentence}" if is_first else 1)
     return run
 
 def write_whole(file, write):
@@ -489,6 +491,38 @@ def psnr(a, b):
     squared error below 0.01 counts as 0.01: equal frames score 68.1 dB, and means stay finite."""
     mse = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean((1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(mse, 0.01))
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+def device_of():
+    """("cuda" or "cpu", this process's torch.device)"""
+    if not torch.cuda.is_available():
+        return "cpu", torch.device("cpu")
+    here, n = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > n:
+        raise DataError(f"there are {n} CUDA devices for {here} processes: give --nproc_per_node={n}, or "
+                        "train on the CPU with CUDA_VISIBLE_DEVICES=")
+    return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+def from_rank_0(x):
+    """What x is in the first process, in all of them: others may run on machines that lack its files."""
+    box = [x]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+def peak_gb(kind):
+    """The most memory that was held, on the GPU or by this process; nan where that is not known."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 # ---- commands ------------------------------------------------------------------------------------
 def walk():

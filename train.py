@@ -19,7 +19,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from statistics import mean
@@ -29,14 +28,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
-from blocks import VARIANTS, compile_blocks, knob
+from blocks import VARIANTS, compile_blocks, count_flops, faster_dtype, knob
 from data import HERE, PAST, ROBOT, DataError, action_statistics, open_clips, prepare_data, split_folders
 from sample import (MODELS, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
-                    save_checkpoint, save_curve, save_gif, spread, whole)
-from tokenizer import command, count_parameters, fingerprint, rank_and_world, write_whole
+                    save_best, save_checkpoint, save_curve, save_gif, spread, whole)
+from tokenizer import (barrier, command, count_parameters, device_of, fingerprint, from_rank_0, peak_gb,
+                       rank_and_world, write_whole)
 
 # ---- the knobs of a run --------------------------------------------------------------------------
 
@@ -67,7 +66,7 @@ class TrainConfig:
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile the blocks")
     checkpoint_activations: str = knob(
-        "", "hold less for the backward pass: matrix products only, or (the flag alone) inputs of blocks only",
+        "", "hold less for the backward pass: matrix products, or (the flag alone) inputs of blocks only",
         choices=("products", "inputs"), alone="inputs")
     shard: bool = knob(False, "FSDP2: divide parameters, gradients and optimiser among the processes")
     workers: int = knob(-1, "processes that read clips ahead; default: four on a GPU, none on a CPU", low=-1)
@@ -119,8 +118,7 @@ def micro_batches(stream, config, step, device):
         workers = 4 if on_gpu else 0  # a CPU's cores are busy with the model already
     loader = DataLoader(stream, batch_sampler=positions(config, step, *rank_and_world()), num_workers=workers,
                         pin_memory=on_gpu, worker_init_fn=ignore_signals)
-    for batch in loader:
-        yield to_device(batch, device)
+    yield from (to_device(batch, device) for batch in loader)
 
 def to_device(batch, device):
     return tree_map(lambda x: x.to(device, non_blocking=True), batch)
@@ -161,7 +159,7 @@ def train(config):
     # 3. The folder of the run, which rank 0 locks and makes ready, and the checkpoint to go on from.
     lock = open_run_folder(config, say)
     file = f"{config.out}/ckpt.pt"
-    saved = read_by_rank_0(file, config)
+    saved = last_checkpoint(file) if from_rank_0(config.resume) else None
 
     # 4. The model with the statistics of its data, the optimiser, and the running average of the weights.
     torch.manual_seed(config.seed)
@@ -177,8 +175,8 @@ def train(config):
     ema = {name: x.detach().clone() for name, x in model.state_dict().items()}
     step = restore(saved, model, optimizer, ema, config, about) if saved else 0
 
-    # 5. The first micro-batch. Its operations are counted: backward costs twice what forward does. And --dtype
-    # auto becomes what is faster on it, or what the run had before, for other types give other losses.
+    # 5. The first micro-batch. Its operations are counted: backward costs twice what forward does. And auto
+    # becomes the number type that is faster on it, or that of before, for other types give other losses.
     stream = Stream(clips, model.draw, config.seed)
     batches = micro_batches(stream, config, step, device)
     video, actions, draws = next(batches)
@@ -189,15 +187,15 @@ def train(config):
     if config.dtype == "auto":
         config.dtype = saved["config"]["dtype"] if saved else from_rank_0(faster_dtype(block, *inputs))
     autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
-    say(f"{len(clips)} clips, each seen {config.steps * config.batch / len(clips):.1f} times: {config.model} "
-        f"{config.variant}, {count_parameters(model) / 1e6:.1f} M parameters, on {folder}, {config.steps} steps"
-        f" of {config.batch} clips on {world} x {kind} in {config.dtype}")
+    epochs, millions = config.steps * config.batch / len(clips), count_parameters(model) / 1e6
+    say(f"{len(clips)} clips, each seen {epochs:.1f} times: {config.model} {config.variant}, {millions:.1f} M"
+        f" parameters, {config.steps} steps of {config.batch} clips on {world} x {kind} in {config.dtype}")
     if saved:
         check_resumed(config, saved, about, say)
     del saved, block, inputs
 
     # 6. Validation, the log, and the step to end with.
-    validation = Validation(config, model, folder, clips, device, say)
+    validation = Validation(config, model, folder, device, say)
     log = Log(config, step, flops, kind)
     last = min(config.steps, config.stop_after or config.steps)
     asked = 0  # by how many signals, on all processes together, the run was asked to stop
@@ -251,7 +249,7 @@ def train(config):
             if found or is_due(config.log_every, step, ends):
                 log.write(step, loss=loss, lr=lr, grad_norm=norm, **found)
             if found and log.best().get("step") == step:
-                save_best(config, ema, step, about)
+                save_best(f"{config.out}/ckpt_best.pt", ema, step, config, about)
             if is_due(config.save_every, step, ends):
                 save_checkpoint(file, model, optimizer, ema, step, config, about)
             if is_due(config.sample_every, step, step == config.steps):
@@ -275,22 +273,21 @@ def is_due(every, step, last):
 class Validation:
     """The loss of a few clips that are not trained on, always under the same noise and by the averaged
     weights, so that steps can be compared. It touches nothing on which training depends."""
-    CLIPS = 32
 
-    def __init__(self, config, model, folder, trained_on, device, say):
+    def __init__(self, config, model, folder, device, say):
         self.model, self.batches = model, []
         if "val" not in split_folders(folder):
-            say(f"no validation loss: {folder} has no val split")
             config.val_every = -1
+            say(f"no validation loss: {folder} has no val split")
         if config.val_every < 0:
             return
-        self.clips = clips = open_clips(folder, "val")
-        if clips.shape != trained_on.shape or clips.names != trained_on.names:
-            raise DataError(f"{clips.path} has other latents or states than {trained_on.path}: make them alike")
-        chosen = spread(clips, min(self.CLIPS, len(clips)))
-        # Two forward passes of these clips cost under 3 % of the training: a step is three passes of a batch.
+        # A step takes three passes through its batch; by default, two through these clips now and then take
+        # less than 3 % of that.
+        self.clips = open_clips(folder, "val")
+        chosen = spread(self.clips, min(32, len(self.clips)))
         config.val_every = config.val_every or max(config.steps // 14, 25 * len(chosen) // config.batch)
-        say(f"validation loss of {len(chosen)} clips every {config.val_every} steps; {self.compare(chosen)}")
+        known = model.known_losses(torch.stack([self.clips[i]["video"] for i in chosen]))
+        say(f"validation loss of {len(chosen)} clips every {config.val_every} steps; {known}")
 
         # Each process takes its share, in batches as large as training's. One that has no clip left takes one
         # that does not count, because with --shard all must take part.
@@ -303,22 +300,10 @@ class Validation:
 
     def item(self, i):
         """Video, its actions, the same with the future ones of a clip far away, draws."""
-        video, actions = self.clips[i]["video"], self.clips[i]["actions"]
+        clip, other = self.clips[i], self.clips[(i + len(self.clips) // 2) % len(self.clips)]
         n_past = self.model.layout.lengths[2]
-        other = self.clips[(i + len(self.clips) // 2) % len(self.clips)]["actions"]
-        shuffled = torch.cat([actions[:n_past], other[n_past:]])
-        return video, actions, shuffled, self.model.draw(torch.Generator().manual_seed(i))
-
-    def compare(self, chosen):
-        """What the loss is to be set beside, in words."""
-        V, T_p = self.clips.vocab_size, self.model.layout.T_p
-        if self.clips.kind == "continuous":
-            return "knowing no more than the mean costs 1 at t = 0"
-        L = torch.stack([self.clips[i]["video"] for i in chosen])
-        p = (L[:, T_p:] == L[:, T_p - 1 : T_p]).float().mean().clamp(1e-6, 1 - 1e-6).item()
-        copying = -p * math.log(p) - (1 - p) * math.log((1 - p) / (V - 1))
-        return (f"guessing costs ln {V} = {math.log(V):.2f}; copying the last latent, which gets {p:.0%} of the "
-                f"ids right, {copying:.2f}")
+        shuffled = torch.cat([clip["actions"][:n_past], other["actions"][n_past:]])
+        return clip["video"], clip["actions"], shuffled, self.model.draw(torch.Generator().manual_seed(i))
 
     @torch.no_grad()
     def measure(self, ema, autocast):
@@ -398,15 +383,16 @@ def check_flags(config):
         if isinstance(value, (int, float)) and not low <= value < below:
             raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
     if config.compile and config.checkpoint_activations == "products":
-        raise DataError("--checkpoint_activations products cannot look into blocks that --compile has compiled: "
-                        "leave one of them out, or give --checkpoint_activations inputs")
+        raise DataError("--compile cannot be combined with --checkpoint_activations products: leave one of "
+                        "them out, or give --checkpoint_activations inputs")
     sizes_of(config)
 
 def sizes_of(config, **decided):
     """The preset's sizes, with the options given and what is decided elsewhere."""
-    module = MODELS[config.model]
+    module, shared = MODELS[config.model], ("variant", "checkpoint_activations")
+    sizes = {**module.PRESETS[config.preset], **config.options, **decided}
     try:
-        return module.Config(**{**module.PRESETS[config.preset], **config.options, **decided})
+        return module.Config(**sizes, **{name: getattr(config, name) for name in shared})
     except DataError as e:
         flags = [f"--{name} {value}" for name, value in config.options.items()]
         raise DataError(f"{' '.join(flags) or config.preset}: {e}") from None
@@ -424,7 +410,7 @@ def model_config(config, clips):
         digits = "levels" in tokenizer and sizes_of(config).share_digits
         levels = tuple(tokenizer["levels"]) if digits else ()
         decided.update(vocab_size=clips.vocab_size, share_digits=digits, levels=levels)
-    return sizes_of(config, variant=config.variant, checkpoint_activations=config.checkpoint_activations, **decided)
+    return sizes_of(config, **decided)
 
 def describe(config, sizes, folder, clips, tokenizer):
     """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
@@ -450,42 +436,6 @@ def join_processes(backend):
     # The store still holds addresses of processes that died before torchrun --max-restarts: use other names.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-
-def barrier():
-    if dist.is_initialized():  # evaluate.py may run without
-        dist.barrier()
-
-def device_of():
-    """("cuda" or "cpu", this process's torch.device)"""
-    if not torch.cuda.is_available():
-        return "cpu", torch.device("cpu")
-    here, n = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if here > n:
-        raise DataError(f"there are {n} CUDA devices for {here} processes: give --nproc_per_node={n}, or "
-                        "train on the CPU with CUDA_VISIBLE_DEVICES=")
-    return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-def from_rank_0(x):
-    """x of the first process, on all of them. Only that one reads and writes OUT, which others may not have."""
-    box = [x]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-def faster_dtype(block, x, *rest):
-    """The number type in which a block of the model is faster, forward and back on real inputs."""
-    if x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        print("this GPU computes no bfloat16: training is in float32")
-        return "float32"
-    seconds = {"float32": math.inf, "bfloat16": math.inf}
-    for name in [*seconds] * 4:  # in turn, for a machine may be busy for a while; the first two warm up
-        start = time.perf_counter()
-        with torch.autocast(x.device.type, getattr(torch, name), enabled=name != "float32"):
-            y = block(x.detach().requires_grad_(), *rest)
-        y.float().sum().backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return min(seconds, key=seconds.get)
 
 def distribute(model, config, device):
     """The model as it is trained: whole on every process (DDP), or with --shard in pieces (FSDP2)."""
@@ -568,12 +518,6 @@ def hold(folder):
     print("process", os.getpid(), "on", socket.gethostname(), end="", file=file, flush=True)
     return file
 
-def read_by_rank_0(file, config):
-    """The checkpoint to go on from, or None. Tensors are on rank 0 alone; `restore` hands them on."""
-    saved = last_checkpoint(file) if config.resume and rank_and_world()[0] == 0 else None
-    rest = from_rank_0(saved and {**saved, "model": {}, "ema": {}, "optimizer": {}})
-    return saved or rest
-
 def check_resumed(config, saved, about, say):
     """Refuses other data than before, but not another path to it. A run may become longer."""
     then, now, step, steps = saved["data"], about["data"], saved["step"], saved["config"]["steps"]
@@ -598,7 +542,7 @@ class Log:
         self.is_writer = rank_and_world()[0] == 0
         self.bar = tqdm(total=config.steps, initial=step, desc="training", disable=not self.is_writer)
         self.step, self.start = step, time.perf_counter()
-        self.is_judged, kept = False, []
+        self.is_judged, self.val, kept = False, "", []
         if self.is_writer and os.path.exists(self.file):  # steps after the checkpoint will be logged again
             with open(self.file) as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -616,78 +560,50 @@ class Log:
         if self.is_writer:
             with open(self.file, "a") as f:
                 print(json.dumps(line), file=f)
-            val = ", ".join(f"{old['val_loss']:.4f}" for old in self.validated()[-1:])
-            self.bar.set_postfix(loss=f"{line['loss']:.4f}", val=val, per_s=f"{rate:.1f}")
+            self.val = line.get("val_loss", self.val)
+            self.bar.set_postfix(loss=f"{line['loss']:.4f}", val=self.val, per_s=f"{rate:.1f}")
             self.judge()
-
-    def validated(self):
-        return [line for line in self.lines if "val_loss" in line]
 
     def best(self):
         """The line of the lowest validation loss, or {}."""
-        return min(self.validated(), key=lambda line: line["val_loss"], default={})
+        validated = [line for line in self.lines if "val_loss" in line]
+        return min(validated, key=lambda line: line["val_loss"], default={})
 
     def judge(self):
         """Says it once when three validations in a row are 1 % above the best while training loss falls."""
-        best, late = self.best(), [line["val_loss"] for line in self.validated()[-3:]]
-        if self.is_judged or not best or min(late) < 1.01 * best["val_loss"]:
+        late = [line["val_loss"] for line in self.lines if "val_loss" in line][-3:]
+        best = self.best()
+        if self.is_judged or not late or min(late) < 1.01 * best["val_loss"]:
             return
-        before = [line["loss"] for line in self.lines if line["step"] <= best["step"]]
-        after = [line["loss"] for line in self.lines if line["step"] > best["step"]]
-        if mean(after) < mean(before):
+        losses, n = [line["loss"] for line in self.lines], self.lines.index(best) + 1
+        if mean(losses[n:]) < mean(losses[:n]):
             self.is_judged = True
             self.bar.write(
-                f"The model is memorising its clips: training loss falls, but validation loss, {late[-1]:.4g}, "
-                f"was {best['val_loss']:.4g} at step {best['step']}. Three things help: more clips (data.py "
-                "encode --stride 4, or more recordings); fewer --steps (ckpt_best.pt holds the best so far); "
-                "a smaller --width or a larger --weight_decay.")
+                f"The model is memorising: training loss falls, but validation loss is {late[-1]:.4g} after "
+                f"{best['val_loss']:.4g} at step {best['step']}. Try more clips (data.py encode --stride 4, or "
+                "more recordings); fewer --steps (the best so far is in ckpt_best.pt); a smaller --width, a "
+                "larger --weight_decay.")
 
     def conclude(self, config, step, file, say):
-        """Which checkpoint is the better one, and what to do with it."""
-        best = self.best()
+        """The last words of a run: how to go on, or which of its two checkpoints is the better one."""
         if step < config.steps:
             say(f"stopped after step {step}; the same command with --resume goes on from {file}")
             return
-        if best and best["step"] < step:
-            file, loss = f"{config.out}/ckpt_best.pt", self.lines[-1].get("val_loss", math.nan)
-            say(f"{file}, of step {best['step']}, is better than ckpt.pt: its validation loss is lower by "
-                f"{1 - best['val_loss'] / loss:.1%}, {best['val_loss']:.4g} instead of {loss:.4g}")
+        best = self.best()
+        if best and best is not self.lines[-1]:
+            file, last = f"{config.out}/ckpt_best.pt", self.lines[-1].get("val_loss")
+            say(f"{file}, of step {best['step']}, is better than ckpt.pt: its validation loss is "
+                f"{best['val_loss']}, not {last}")
         elif best:
-            say(f"the last step is the best: its validation loss, {best['val_loss']:.4g}, is the lowest")
+            say(f"the last step is the best: its validation loss, {best['val_loss']}, is the lowest")
         say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
-
-def peak_gb(kind):
-    """The most memory that was held, on the GPU or by this process; nan where that is not known."""
-    if kind == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-def count_flops(f):
-    """Operations of the matrix products and attentions of f(), run as it is written and without gradients."""
-    left_out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # by torch's counter
-    more = {left_out: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    counter = FlopCounterMode(display=False, custom_mapping=more)
-    with torch.compiler.set_stance("force_eager"), counter, torch.no_grad():
-        f()
-    return counter.get_total_flops()
 
 def refuse(config, step, loss, norm, stream):
     """Ends a run whose loss is not finite. No checkpoint is written, so that the last good one stays."""
     first = step * config.batch
     names = [stream.clips.where(stream.clip_index(p)) for p in range(first, first + min(config.batch, 4))]
-    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; {config.out}/ckpt.pt is as it was. "
-                    f"The batch began with {', '.join(names)}: look at these clips, or lower --lr")
-
-def save_best(config, ema, step, about):
-    """OUT/ckpt_best.pt, by rank 0: what sampling and scoring need, but no resuming."""
-    best = {"ema": whole(ema), "step": step, "config": asdict(config), **about}
-    if rank_and_world()[0] == 0:
-        write_whole(f"{config.out}/ckpt_best.pt", lambda name: torch.save(best, name))
+    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}, in a batch that begins with "
+                    f"{', '.join(names)}: look at these clips, or lower --lr; {config.out}/ckpt.pt is good")
 
 def show(config, about, sizes, ema, folder, step, device):
     """OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four validation clips."""
