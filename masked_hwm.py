@@ -257,8 +257,8 @@ class MaskedHWM(nn.Module):
         V, T_p = self.config.vocab_size, self.config.T_p
         p = (L[:, T_p:] == L[:, T_p - 1 : T_p]).float().mean()
         copying = F.binary_cross_entropy(p, p) + (1 - p) * math.log(V - 1)
-        return (f"guessing has ln {V} = {math.log(V):.2f}, and copying the last past latent, right for {p:.0%} "
-                f"of the ids, {copying:.2f}")
+        return (f"guessing has ln {V} = {math.log(V):.2f}, and copying the last past latent, right for "
+                f"{p:.0%} of the ids, {copying:.2f}")
 
     # ---- the sampler -----------------------------------------------------------------------------
 

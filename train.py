@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from blocks import VARIANTS, compile_blocks, count_flops, faster_dtype, knob
@@ -195,7 +195,7 @@ def train(config):
     del saved, block, inputs
 
     # 6. Validation, the log, and the step to end with.
-    validation = Validation(config, model, folder, device, say)
+    validation = Validation(config, model, folder, clips, device, say)
     log = Log(config, step, flops, kind)
     last = min(config.steps, config.stop_after or config.steps)
     asked = 0  # by how many signals, on all processes together, the run was asked to stop
@@ -274,36 +274,37 @@ class Validation:
     """The loss of a few clips that are not trained on, always under the same noise and by the averaged
     weights, so that steps can be compared. It touches nothing on which training depends."""
 
-    def __init__(self, config, model, folder, device, say):
+    def __init__(self, config, model, folder, trained_on, device, say):
         self.model, self.batches = model, []
         if "val" not in split_folders(folder):
             config.val_every = -1
             say(f"no validation loss: {folder} has no val split")
         if config.val_every < 0:
             return
-        # A step takes three passes through its batch; by default, two through these clips now and then take
-        # less than 3 % of that.
-        self.clips = open_clips(folder, "val")
-        chosen = spread(self.clips, min(32, len(self.clips)))
+        # 1. The clips. A step takes three passes through its batch; by default, two through these clips now
+        # and then take less than 3 % of that.
+        clips = open_clips(folder, "val")
+        if clips.shape != trained_on.shape or clips.action_dim != trained_on.action_dim:
+            raise DataError(f"{clips.path} is not like {trained_on.path}: encode both with one tokenizer")
+        chosen = spread(clips, min(32, len(clips)))
         config.val_every = config.val_every or max(config.steps // 14, 25 * len(chosen) // config.batch)
-        known = model.known_losses(torch.stack([self.clips[i]["video"] for i in chosen]))
+        # 2. What their losses take. Shuffled actions are those of a clip far away, but for the past.
+        items, n_past = [], model.layout.lengths[2]
+        for i in chosen:
+            clip, other = clips[i], clips[(i + len(clips) // 2) % len(clips)]
+            shuffled = torch.cat([clip["actions"][:n_past], other["actions"][n_past:]])
+            draws = model.draw(torch.Generator().manual_seed(i))
+            items.append((clip["video"], clip["actions"], shuffled, draws))
+        known = model.known_losses(torch.stack([item[0] for item in items]))
         say(f"validation loss of {len(chosen)} clips every {config.val_every} steps; {known}")
-
-        # Each process takes its share, in batches as large as training's. One that has no clip left takes one
-        # that does not count, because with --shard all must take part.
+        # 3. Each process takes its share, in batches as large as training's. Where one has less to do, it
+        # computes a batch that does not count, because with --shard all must take part.
         rank, world = rank_and_world()
-        share = config.batch // (world * config.accum)
-        for first in range(0, len(chosen), world * share):
-            mine = chosen[first + rank * share :][:share]
-            items = [self.item(i) for i in mine or chosen[:1]]
-            self.batches.append((len(mine), *to_device(default_collate(items), device)))
-
-    def item(self, i):
-        """Video, its actions, the same with the future ones of a clip far away, draws."""
-        clip, other = self.clips[i], self.clips[(i + len(self.clips) // 2) % len(self.clips)]
-        n_past = self.model.layout.lengths[2]
-        shuffled = torch.cat([clip["actions"][:n_past], other["actions"][n_past:]])
-        return clip["video"], clip["actions"], shuffled, self.model.draw(torch.Generator().manual_seed(i))
+        loader = DataLoader(items, config.batch // (world * config.accum), generator=torch.Generator())
+        batches = [to_device(batch, device) for batch in loader]
+        self.batches = [(True, *batch) for batch in batches[rank::world]]
+        if len(self.batches) < len(batches[::world]):
+            self.batches.append((False, *batches[0]))
 
     @torch.no_grad()
     def measure(self, ema, autocast):
@@ -564,15 +565,16 @@ class Log:
             self.bar.set_postfix(loss=f"{line['loss']:.4f}", val=self.val, per_s=f"{rate:.1f}")
             self.judge()
 
+    def validated(self):
+        return [line for line in self.lines if "val_loss" in line]
+
     def best(self):
         """The line of the lowest validation loss, or {}."""
-        validated = [line for line in self.lines if "val_loss" in line]
-        return min(validated, key=lambda line: line["val_loss"], default={})
+        return min(self.validated(), key=lambda line: line["val_loss"], default={})
 
     def judge(self):
         """Says it once when three validations in a row are 1 % above the best while training loss falls."""
-        late = [line["val_loss"] for line in self.lines if "val_loss" in line][-3:]
-        best = self.best()
+        best, late = self.best(), [line["val_loss"] for line in self.validated()[-3:]]
         if self.is_judged or not late or min(late) < 1.01 * best["val_loss"]:
             return
         losses, n = [line["loss"] for line in self.lines], self.lines.index(best) + 1
@@ -580,22 +582,23 @@ class Log:
             self.is_judged = True
             self.bar.write(
                 f"The model is memorising: training loss falls, but validation loss is {late[-1]:.4g} after "
-                f"{best['val_loss']:.4g} at step {best['step']}. Try more clips (data.py encode --stride 4, or "
-                "more recordings); fewer --steps (the best so far is in ckpt_best.pt); a smaller --width, a "
-                "larger --weight_decay.")
+                f"{best['val_loss']:.4g} at step {best['step']}. Try more clips (data.py encode --stride 4,"
+                " or new recordings); fewer --steps (ckpt_best.pt is the best so far); a smaller --width or a"
+                " larger --weight_decay.")
 
     def conclude(self, config, step, file, say):
         """The last words of a run: how to go on, or which of its two checkpoints is the better one."""
         if step < config.steps:
             say(f"stopped after step {step}; the same command with --resume goes on from {file}")
             return
-        best = self.best()
-        if best and best is not self.lines[-1]:
-            file, last = f"{config.out}/ckpt_best.pt", self.lines[-1].get("val_loss")
-            say(f"{file}, of step {best['step']}, is better than ckpt.pt: its validation loss is "
-                f"{best['val_loss']}, not {last}")
-        elif best:
-            say(f"the last step is the best: its validation loss, {best['val_loss']}, is the lowest")
+        for last in self.validated()[-1:]:
+            best = self.best()
+            verdict = f"the last validation loss, {last['val_loss']}, is the lowest"
+            if best is not last:
+                file = f"{config.out}/ckpt_best.pt"
+                verdict = (f"{file}, of step {best['step']}, is better than ckpt.pt: its validation loss is "
+                           f"{best['val_loss']}, not {last['val_loss']}")
+            say(verdict)
         say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
 
 def refuse(config, step, loss, norm, stream):
@@ -613,8 +616,8 @@ def show(config, about, sizes, ema, folder, step, device):
         if tokenizer and "val" in split_folders(folder):
             model = module.Model(sizes).to(device).eval()
             model.load_state_dict(weights)
-            clips = open_clips(folder, "val")
-            dreams = dream(model, tokenizer, clips, min(4, len(clips)), **module.SAMPLING[config.preset])
+            clips, settings = open_clips(folder, "val"), module.sampling_defaults(sizes, config.preset)
+            dreams = dream(model, tokenizer, clips, min(4, len(clips)), **settings)
             save_gif(picture_rows(dreams), f"{config.out}/samples/step_{step:06d}.gif", clips.hz)
         else:
             print(f"no sample pictures: {folder} has no val split, or --tokenizer is missing")

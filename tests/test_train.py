@@ -808,7 +808,7 @@ def test_the_best_checkpoint_is_the_lowest(toy, tmp_path, capsys):
 
 def test_the_last_step_may_be_the_best(toy, tmp_path, capsys):
     run(toy, tmp_path, steps=2, lr=1e-3, val_every=1)
-    assert "the last step is the best" in capsys.readouterr().out and read(tmp_path, "ckpt_best.pt")["step"] == 2
+    assert "is the lowest" in capsys.readouterr().out and read(tmp_path, "ckpt_best.pt")["step"] == 2
 
 
 @pytest.mark.parametrize("memorises", [True, False])
@@ -884,6 +884,13 @@ def test_what_the_validation_loss_is_set_beside(toy, tmp_path, capsys):
     assert "ln 64 = 4.16" in said and f"{p:.0%} of the ids" in said and f"{-p * np.log(p) - (1 - p) * np.log((1 - p) / 63):.2f}" in said
     run(toy, tmp_path / "flow", "flow", steps=1)
     assert "has 1 at t = 0" in capsys.readouterr().out
+
+
+def test_validation_clips_unlike_the_training_clips_are_refused(toy, tmp_path):
+    shutil.copytree(toy / "dv", tmp_path / "dv")
+    shutil.rmtree(tmp_path / "dv" / "val_v2.0")
+    shutil.copytree(toy / "cv" / "val_v2.0", tmp_path / "dv" / "val_v2.0")
+    assert "one tokenizer" in ends(training.main, *flags(toy, tmp_path / "run", data=f"{tmp_path}/dv"))
 
 
 def test_both_curves_are_drawn(toy, trained, tmp_path):
@@ -968,6 +975,11 @@ def test_compiled_blocks_cannot_store_products_only(toy, tmp_path, monkeypatch):
     c = config(toy, "x", preset="paper", compile=True)  # a default of the paper preset on a CPU gives way
     training.settle(c, lambda *_: None)
     assert c.checkpoint_activations == "inputs"
+
+
+def test_pictures_of_a_model_that_cannot_be_guided(toy, tmp_path, pictures):
+    run(toy, tmp_path, "flow", steps=1, options=dict(p_drop=0.0))
+    assert os.listdir(tmp_path / "samples")
 
 
 def test_an_epoch_count_is_said_first(toy, tmp_path, capsys):
