@@ -48,6 +48,19 @@ def whole(state):
     gathered = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
     return {name: t.detach().cpu() for name, t in gathered.items()}
 
+def describe(config, sizes, folder, clips, tokenizer):
+    """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
+    meta = clips.meta
+    data = dict(path=folder, source=meta.get("source", ""), size=meta.get("size"), names=list(clips.names),
+                hz=clips.hz, frame_stride=meta.get("frame_stride", 1), clips=len(clips),
+                sha256=fingerprint(os.path.join(clips.path, "metadata.json")))
+    if not config.data:
+        data.update(source=ROBOT, built_in={"frames": config.frames})
+    if tokenizer and os.path.abspath(tokenizer).startswith(HERE + os.sep):
+        tokenizer = os.path.relpath(tokenizer, HERE)  # so that the checkpoint can move to another clone
+    tokenizer = {**meta.get("tokenizer", {}), "path": tokenizer}
+    return {"model_config": asdict(sizes), "data": data, "tokenizer": tokenizer}
+
 def save_checkpoint(file, model, optimizer, ema, step, config, about):
     """Write all that resuming, sampling and scoring need to one file; the one before is kept as _previous.pt.
     ema: {name: averaged weight}. config: the run's dataclass. about: {"model_config", "tokenizer", "data"};

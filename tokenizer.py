@@ -492,6 +492,16 @@ def psnr(a, b):
     mse = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean((1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(mse, 0.01))
 
+def join_processes(backend):
+    """Meets the processes that torchrun started. One that runs alone needs no port, for that may be taken."""
+    if dist.is_initialized():
+        dist.destroy_process_group()  # of a run that ended with an error, as happens in a notebook
+    rank, world = rank_and_world()
+    store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://"))[0]
+    # The store still holds addresses of processes that died before torchrun --max-restarts: use other names.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()

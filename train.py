@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from blocks import VARIANTS, compile_blocks, count_flops, faster_dtype, knob
-from data import HERE, PAST, ROBOT, DataError, action_statistics, open_clips, prepare_data, split_folders
-from sample import (MODELS, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
+from data import PAST, DataError, action_statistics, open_clips, prepare_data, split_folders
+from sample import (MODELS, describe, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
                     save_best, save_checkpoint, save_curve, save_gif, spread, whole)
-from tokenizer import (barrier, command, count_parameters, device_of, fingerprint, from_rank_0, peak_gb,
+from tokenizer import (barrier, command, count_parameters, device_of, from_rank_0, join_processes, peak_gb,
                        rank_and_world, write_whole)
 
 # ---- the knobs of a run --------------------------------------------------------------------------
@@ -413,30 +413,7 @@ def model_config(config, clips):
         decided.update(vocab_size=clips.vocab_size, share_digits=digits, levels=levels)
     return sizes_of(config, **decided)
 
-def describe(config, sizes, folder, clips, tokenizer):
-    """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
-    meta = clips.meta
-    data = dict(path=folder, source=meta.get("source", ""), size=meta.get("size"), names=list(clips.names),
-                hz=clips.hz, frame_stride=meta.get("frame_stride", 1), clips=len(clips),
-                sha256=fingerprint(os.path.join(clips.path, "metadata.json")))
-    if not config.data:
-        data.update(source=ROBOT, built_in={"frames": config.frames})
-    if tokenizer and os.path.abspath(tokenizer).startswith(HERE + os.sep):
-        tokenizer = os.path.relpath(tokenizer, HERE)  # so that the checkpoint can move to another clone
-    tokenizer = {**meta.get("tokenizer", {}), "path": tokenizer}
-    return {"model_config": asdict(sizes), "data": data, "tokenizer": tokenizer}
-
-# ---- processes, devices, number types, signals ---------------------------------------------------
-
-def join_processes(backend):
-    """Meets the processes that torchrun started. One that runs alone needs no port, for that may be taken."""
-    if dist.is_initialized():
-        dist.destroy_process_group()  # of a run that ended with an error, as happens in a notebook
-    rank, world = rank_and_world()
-    store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://"))[0]
-    # The store still holds addresses of processes that died before torchrun --max-restarts: use other names.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+# ---- processes and signals -----------------------------------------------------------------------
 
 def distribute(model, config, device):
     """The model as it is trained: whole on every process (DDP), or with --shard in pieces (FSDP2)."""
