@@ -12,13 +12,16 @@ The first frame is a latent of its own: T latents hold F = 1 + temporal * (T - 1
     python tokenizer.py train --data data/robot --kind discrete --out out/tokenizer
     python tokenizer.py check --data data/robot --tokenizer weights/tokenizer_dv_tiny.pt
 """
+import contextlib
 import errno
 import hashlib
 import math
 import os
 import pickle
 import re
+import signal
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
@@ -492,6 +495,8 @@ def psnr(a, b):
     mse = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean((1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(mse, 0.01))
 
+# ---- what every long run uses: processes, devices, signals ----------------------------------------
+
 def join_processes(backend):
     """Meets the processes that torchrun started. One that runs alone needs no port, for that may be taken."""
     if dist.is_initialized():
@@ -533,6 +538,32 @@ def peak_gb(kind):
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+@contextlib.contextmanager
+def remembered_signals():
+    """A list that grows with every Ctrl-C, SIGTERM or SIGHUP (a closed terminal), so that the loop can finish
+    its step. A second Ctrl-C stops at once, unless within a second: torchrun hands on the first."""
+    arrived = []
+
+    def remember(number, _):
+        if number == signal.SIGINT and arrived and time.monotonic() > arrived[0] + 1:
+            raise KeyboardInterrupt
+        arrived.append(time.monotonic())
+
+    ignored = [s for s in STOPPING[1:] if signal.getsignal(s) == signal.SIG_IGN]  # as nohup ignores SIGHUP
+    before = {s: signal.signal(s, remember) for s in STOPPING if s not in ignored}
+    try:
+        yield arrived
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+def ignore_signals(_):
+    """For processes that read clips: Ctrl-C reaches them, too, but when to stop is for the loop to say."""
+    for s in STOPPING:
+        signal.signal(s, signal.SIG_IGN)
 
 # ---- commands ------------------------------------------------------------------------------------
 def walk():

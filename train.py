@@ -17,10 +17,9 @@ import copy
 import json
 import math
 import os
-import signal
 import socket
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from statistics import mean
 
 import torch
@@ -34,8 +33,8 @@ from blocks import VARIANTS, compile_blocks, count_flops, faster_dtype, knob
 from data import PAST, DataError, action_statistics, open_clips, prepare_data, split_folders
 from sample import (MODELS, describe, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
                     save_best, save_checkpoint, save_curve, save_gif, spread, whole)
-from tokenizer import (barrier, command, count_parameters, device_of, from_rank_0, join_processes, peak_gb,
-                       rank_and_world, write_whole)
+from tokenizer import (barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
+                       join_processes, peak_gb, rank_and_world, remembered_signals, write_whole)
 
 # ---- the knobs of a run --------------------------------------------------------------------------
 
@@ -268,6 +267,21 @@ def is_due(every, step, last):
     """every > 0: whenever so many steps are done, and after the last; 0: only after the last; -1: never."""
     return every > 0 and step % every == 0 or every >= 0 and last
 
+def distribute(model, config, device):
+    """The model as it is trained: whole on every process (DDP), or with --shard in pieces (FSDP2)."""
+    if config.compile:
+        compile_blocks(model)
+    if config.shard:
+        from torch.distributed.fsdp import fully_shard
+        for block in model.blocks:  # block by block: the whole need not fit on one device
+            fully_shard(block)
+        return fully_shard(model)
+    model.to(device)
+    if dist.get_world_size() == 1:
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+
 # ---- validation ----------------------------------------------------------------------------------
 
 class Validation:
@@ -340,8 +354,7 @@ def settle(config, say):
     if config.preset == "auto":
         is_1x = config.data and "robot" not in open_clips(config.data, "train").meta
         config.preset = "paper" if has_gpu and is_1x else "tiny"
-        source = f"data in {config.data}" if config.data else "no --data: the built-in robot"
-        why = f"{'a' if has_gpu else 'no'} CUDA device, {source}"
+        why = f"{'a' if has_gpu else 'no'} CUDA device, {config.data or 'the built-in robot'}"
     say(f"preset {config.preset} ({why}): --model {config.model} --variant {config.variant}")
     preset = MODELS[config.model].TRAINING[config.preset]
     for name in ("steps", "batch", "lr", "warmup", "decay"):
@@ -351,8 +364,7 @@ def settle(config, say):
     config.out = os.path.normpath(config.out or f"out/{config.model}_{config.variant}")
 
     # A process's share of the batch goes into as few micro-batches as fit its memory.
-    _, world = rank_and_world()
-    paper_on_cpu = config.preset == "paper" and not has_gpu
+    world, paper_on_cpu = rank_and_world()[1], config.preset == "paper" and not has_gpu
     if not config.accum:
         share, config.accum = config.batch // world, 1
         fits = 1 if paper_on_cpu else preset.get("micro", share)
@@ -375,9 +387,8 @@ def model_options(name):
 def check_flags(config):
     """Options that the model does not have, and numbers that make no sense, are refused before any work."""
     known = model_options(config.model)
-    for name in config.options:
-        if name not in known:
-            raise DataError(f"--{name} is no option of {config.model}, which has --{', --'.join(known)}")
+    for name in config.options.keys() - known:
+        raise DataError(f"--{name} is no option of {config.model}, which has --{', --'.join(known)}")
     for f in fields(TrainConfig):
         value, low = getattr(config, f.name), f.metadata.get("low", -math.inf)
         below = f.metadata.get("below", math.inf)
@@ -390,10 +401,10 @@ def check_flags(config):
 
 def sizes_of(config, **decided):
     """The preset's sizes, with the options given and what is decided elsewhere."""
-    module, shared = MODELS[config.model], ("variant", "checkpoint_activations")
-    sizes = {**module.PRESETS[config.preset], **config.options, **decided}
+    module = MODELS[config.model]
+    decided.update(variant=config.variant, checkpoint_activations=config.checkpoint_activations)
     try:
-        return module.Config(**sizes, **{name: getattr(config, name) for name in shared})
+        return module.Config(**{**module.PRESETS[config.preset], **config.options, **decided})
     except DataError as e:
         flags = [f"--{name} {value}" for name, value in config.options.items()]
         raise DataError(f"{' '.join(flags) or config.preset}: {e}") from None
@@ -412,49 +423,6 @@ def model_config(config, clips):
         levels = tuple(tokenizer["levels"]) if digits else ()
         decided.update(vocab_size=clips.vocab_size, share_digits=digits, levels=levels)
     return sizes_of(config, **decided)
-
-# ---- processes and signals -----------------------------------------------------------------------
-
-def distribute(model, config, device):
-    """The model as it is trained: whole on every process (DDP), or with --shard in pieces (FSDP2)."""
-    if config.compile:
-        compile_blocks(model)
-    if config.shard:
-        from torch.distributed.fsdp import fully_shard
-        for block in model.blocks:  # block by block: the whole need not fit on one device
-            fully_shard(block)
-        return fully_shard(model)
-    model.to(device)
-    if dist.get_world_size() == 1:
-        return model
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-@contextlib.contextmanager
-def remembered_signals():
-    """A list that grows with every Ctrl-C, SIGTERM or SIGHUP (a closed terminal), so that the loop can finish
-    its step. A second Ctrl-C stops at once, unless within a second: torchrun hands on the first."""
-    arrived = []
-
-    def remember(number, _):
-        if number == signal.SIGINT and arrived and time.monotonic() > arrived[0] + 1:
-            raise KeyboardInterrupt
-        arrived.append(time.monotonic())
-
-    ignored = [s for s in STOPPING[1:] if signal.getsignal(s) == signal.SIG_IGN]  # as nohup ignores SIGHUP
-    before = {s: signal.signal(s, remember) for s in STOPPING if s not in ignored}
-    try:
-        yield arrived
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-def ignore_signals(_):
-    """For processes that read clips: Ctrl-C reaches them, too, but when to stop is for the loop to say."""
-    for s in STOPPING:
-        signal.signal(s, signal.SIG_IGN)
 
 # ---- the folder of a run -------------------------------------------------------------------------
 
@@ -475,7 +443,6 @@ def open_run_folder(config, say):
         os.rename(config.out, f"{config.out}.{n}")
         say(f"{config.out} already held a run; it is now {config.out}.{n}")
         lock = hold(config.out)
-    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
     return lock
 
 def hold(folder):
@@ -568,14 +535,13 @@ class Log:
         if step < config.steps:
             say(f"stopped after step {step}; the same command with --resume goes on from {file}")
             return
-        for last in self.validated()[-1:]:
-            best = self.best()
-            verdict = f"the last validation loss, {last['val_loss']}, is the lowest"
-            if best is not last:
-                file = f"{config.out}/ckpt_best.pt"
-                verdict = (f"{file}, of step {best['step']}, is better than ckpt.pt: its validation loss is "
-                           f"{best['val_loss']}, not {last['val_loss']}")
-            say(verdict)
+        best, last = self.best(), self.validated()[-1:]
+        if last == [best]:
+            say(f"the last validation loss, {best['val_loss']}, is the lowest")
+        elif best:
+            file = f"{config.out}/ckpt_best.pt"
+            say(f"{file}, of step {best['step']}, is better than ckpt.pt: its validation loss is "
+                f"{best['val_loss']}, not {last[0]['val_loss']}")
         say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
 
 def refuse(config, step, loss, norm, stream):

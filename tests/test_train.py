@@ -378,7 +378,7 @@ def test_a_signal_ends_a_run_with_its_checkpoint(toy, tmp_path, monkeypatch, num
 def test_a_second_ctrl_c_stops_at_once(toy, tmp_path, monkeypatch):
     """But not within a second of the first, for torchrun hands on what the terminal has sent to all."""
     now = []
-    monkeypatch.setattr(training.time, "monotonic", lambda: sum(now))
+    monkeypatch.setattr(tok.time, "monotonic", lambda: sum(now))
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt(config, step):
@@ -461,7 +461,7 @@ def test_memory_on_other_systems(toy, tmp_path, monkeypatch):
     """macOS counts in bytes, Linux in kilobytes; Windows has no such module."""
     usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=600_000_000))
     monkeypatch.setitem(sys.modules, "resource", usage)
-    monkeypatch.setattr(training.sys, "platform", "darwin")
+    monkeypatch.setattr(tok.sys, "platform", "darwin")
     assert training.peak_gb("cpu") == 0.6
     monkeypatch.setitem(sys.modules, "resource", None)
     assert "peak_gb" not in run(toy, tmp_path, steps=1)[0]
