@@ -15,6 +15,7 @@ MaskedBlock is Figure 2 and FlowBlock is Figure 3. A model reads v_f alone after
 """
 import functools
 import math
+import time
 from dataclasses import field, fields
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokenizer import DataError, count_parameters
 
@@ -453,6 +455,31 @@ def compile_blocks(model):
         if hasattr(block, "update_context"):  # the sampler of masked split calls these two, not the block
             block.update_context = torch.compile(block.update_context)
             block.update_future = torch.compile(block.update_future)
+
+def faster_dtype(block, x, *rest):
+    """The number type in which a block of the model is faster, forward and back on real inputs."""
+    if x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print("this GPU computes no bfloat16: training is in float32")
+        return "float32"
+    seconds = {"float32": math.inf, "bfloat16": math.inf}
+    for name in [*seconds] * 4:  # in turn, for a machine may be busy for a while; the first two warm up
+        start = time.perf_counter()
+        with torch.autocast(x.device.type, getattr(torch, name), enabled=name != "float32"):
+            y = block(x.detach().requires_grad_(), *rest)
+        y.float().sum().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return min(seconds, key=seconds.get)
+
+def count_flops(f):
+    """Operations of the matrix products and attentions of f(), run as it is written and without gradients."""
+    left_out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # by torch's counter
+    more = {left_out: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    counter = FlopCounterMode(display=False, custom_mapping=more)
+    with torch.compiler.set_stance("force_eager"), counter, torch.no_grad():
+        f()
+    return counter.get_total_flops()
 
 # ---- what both models and their configurations need ----------------------------------------------
 

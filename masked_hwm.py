@@ -248,6 +248,14 @@ class MaskedHWM(nn.Module):
         targets = L[:, self.config.T_p :][M]
         return LinearCrossEntropy.apply(h, self.out_weight(), self.out.bias, targets), M.sum()
 
+    def known_losses(self, L):
+        """What the loss is to be compared with, as a sentence about the ids L (B, T, H, W)."""
+        V, T_p = self.config.vocab_size, self.config.T_p
+        p = (L[:, T_p:] == L[:, T_p - 1 : T_p]).float().mean()
+        copying = F.binary_cross_entropy(p, p) + (1 - p) * math.log(V - 1)
+        return (f"guessing has ln {V} = {math.log(V):.2f}, and copying the last past latent, right for "
+                f"{p:.0%} of the ids, {copying:.2f}")
+
     # ---- the sampler -----------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -30,8 +30,8 @@ import flow_hwm
 import masked_hwm
 from blocks import compile_blocks
 from data import HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, synth
-from tokenizer import (DataError, command, fingerprint, load_tokenizer, rank_and_world, to_uint8, to_video,
-                       write_whole)
+from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world, to_uint8,
+                       to_video, write_whole)
 
 MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 
@@ -39,14 +39,28 @@ MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 
 PARTS = {"ema": dict, "config": dict, "model_config": dict, "tokenizer": dict, "data": dict, "step": int}
 MAY_CHANGE = {  # options that may differ when a run is resumed, because its losses do not depend on them ...
-    "resume", "stop_after", "log_every", "save_every", "sample_every", "workers", "compile", "out", "shard",
-    "dtype", "encode", "accum", "preset", "checkpoint_activations", "tokenizer",
+    "resume", "stop_after", "log_every", "save_every", "sample_every", "val_every", "workers", "compile",
+    "out", "shard", "dtype", "encode", "accum", "preset", "checkpoint_activations", "tokenizer",
     "data", "steps", "options"}  # ... or because train.py compares what they stand for
 
 def whole(state):
     """{name: tensor} as it is saved: on the CPU, and gathered where --shard has divided it."""
     gathered = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
     return {name: t.detach().cpu() for name, t in gathered.items()}
+
+def describe(config, sizes, folder, clips, tokenizer):
+    """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
+    meta = clips.meta
+    data = dict(path=folder, source=meta.get("source", ""), size=meta.get("size"), names=list(clips.names),
+                hz=clips.hz, frame_stride=meta.get("frame_stride", 1), clips=len(clips),
+                opened=meta.get("opened", {}),
+                sha256=fingerprint(os.path.join(clips.path, "metadata.json")))
+    if not config.data:
+        data.update(source=ROBOT, built_in={"frames": config.frames})
+    if tokenizer and os.path.abspath(tokenizer).startswith(HERE + os.sep):
+        tokenizer = os.path.relpath(tokenizer, HERE)  # so that the checkpoint can move to another clone
+    tokenizer = {**meta.get("tokenizer", {}), "path": tokenizer}
+    return {"model_config": asdict(sizes), "data": data, "tokenizer": tokenizer}
 
 def save_checkpoint(file, model, optimizer, ema, step, config, about):
     """Write all that resuming, sampling and scoring need to one file; the one before is kept as _previous.pt.
@@ -66,6 +80,12 @@ def save_checkpoint(file, model, optimizer, ema, step, config, about):
 
     if rank_and_world()[0] == 0:
         write_whole(file, write)
+
+def save_best(file, ema, step, config, about):
+    """The same without what resuming needs."""
+    saved = {"ema": whole(ema), "step": step, "config": asdict(config), **about}
+    if rank_and_world()[0] == 0:
+        write_whole(file, lambda temporary: torch.save(saved, temporary))
 
 def read_checkpoint(file):
     """What `save_checkpoint` or `export` wrote, on the CPU. DataError where the file is anything else.
@@ -92,24 +112,27 @@ def read_checkpoint(file):
     return content
 
 def last_checkpoint(file):
-    """The checkpoint to resume from: `file`, or the previous one where `file` is missing or damaged."""
-    previous = file.replace(".pt", "_previous.pt")
-    try:
-        return read_checkpoint(file)
-    except DataError as e:
-        if not os.path.exists(previous):
-            raise
-        saved = read_checkpoint(previous)
-        if rank_and_world()[0] == 0:
+    """The checkpoint to resume from: `file`, or the previous one where `file` is missing or damaged. Rank 0
+    reads it, and the others get it without its tensors, which `restore` hands on."""
+    saved, previous = None, file.replace(".pt", "_previous.pt")
+    if rank_and_world()[0] == 0:
+        try:
+            saved = read_checkpoint(file)
+        except DataError as e:
+            if not os.path.exists(previous):
+                raise
+            saved = read_checkpoint(previous)
             print(f"{e}; going on from {previous}")
             if os.path.exists(file):  # else the next save would put it in the place of the good one
                 os.replace(file, file + ".damaged")
-        return saved
+    light = from_rank_0(saved and {**saved, "model": {}, "ema": {}, "optimizer": {}})
+    return saved or light
 
 def restore(saved, model, optimizer, ema, config, about):
     """Put a checkpoint's state back into model, optimizer and ema, in place -> the step to go on from.
     Every process must call this. DataError where an option differs that would change the run's losses."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (StateDictOptions, set_model_state_dict,
+                                                         set_optimizer_state_dict)
     # 1. It must be the same run. An option that the checkpoint does not know is younger and is not compared.
     if "optimizer" not in saved:
         raise DataError(f"the checkpoint in {config.out} was made by --export: it cannot be resumed")
@@ -125,8 +148,8 @@ def restore(saved, model, optimizer, ema, config, about):
     for name, tensor in model.state_dict().items():
         ema[name].copy_(tensor)
     # 3. The weights themselves, and the moments of AdamW.
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                   options=options)
+    set_model_state_dict(model, saved["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     # 4. The losses draw their noise by position (train.Stream), so this generator serves only other code.
     torch.set_rng_state(saved["rng"])
     return saved["step"]
@@ -435,23 +458,30 @@ def save_trace(strips, file, flow):
     write_whole(file, lambda temporary: paper.save(temporary, format="PNG"))
 
 def save_curve(folder):
-    """FOLDER/loss.png: the loss of log.jsonl over the steps, and below it what was dreamt on the way."""
+    """FOLDER/loss.png: the losses of log.jsonl over the steps, and below them what was dreamt on the way."""
     with open(f"{folder}/log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    steps, losses = zip(*((line["step"], line["loss"]) for line in log))
+    curves = {}  # (colour, width): points (step, loss)
+    for key, look in (("loss", ((31, 119, 180), 2)), ("val_loss", ((255, 127, 14), 3))):
+        curves[look] = np.array([(line["step"], line[key]) for line in log if key in line])
+    losses = np.concatenate([points[:, 1] for points in curves.values() if len(points)])
     gifs = sorted(glob(f"{escape(folder)}/samples/step_*.gif"))
     gifs = gifs[:: len(gifs) // 5 + 1]  # five at most
     canvas = Image.new("RGB", (760, 450 if gifs else 300), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((60, 4), f"loss of {folder} up to step {steps[-1]} (last {losses[-1]:.4g})", fill="black")
-    # 1. The curve. The few largest losses are those of the start: they leave the picture at its top.
+    last = ", ".join(f"last {key} {log[-1][key]:.4g}" for key in ("loss", "val_loss") if key in log[-1])
+    title = f"{folder} up to step {log[-1]['step']}: loss (blue), val_loss (orange); {last}"
+    draw.text((60, 4), title, fill="black")
+    # 1. The curves. The few largest losses are those of the start: they leave the picture at its top.
     low, high = min(losses), np.quantile(losses, 0.98) + 1e-9
     for height, loss in zip((276, 150, 24), np.linspace(low, high, 3)):
         draw.line([(60, height), (748, height)], fill=(225, 225, 225))
         draw.text((4, height - 6), f"{loss:.4g}", fill="black")
-    x = np.interp(steps, [0, steps[-1]], [60, 748])
-    y = np.interp(losses, [low, high], [276, 24])
-    draw.line([*zip(x, y)], fill=(31, 119, 180), width=2)
+    for (colour, width), points in curves.items():
+        if len(points):
+            x = np.interp(points[:, 0], [0, log[-1]["step"]], [60, 748])
+            y = np.interp(points[:, 1], [low, high], [276, 24])
+            draw.line([*zip(x, y)], fill=colour, width=width)
     # 2. The last frame of each GIF. Its third column is the prediction.
     for left, file in zip(range(60, 760, 138), gifs):
         with Image.open(file) as gif:

@@ -12,19 +12,23 @@ The first frame is a latent of its own: T latents hold F = 1 + temporal * (T - 1
     python tokenizer.py train --data data/robot --kind discrete --out out/tokenizer
     python tokenizer.py check --data data/robot --tokenizer weights/tokenizer_dv_tiny.pt
 """
+import contextlib
 import errno
 import hashlib
 import math
 import os
 import pickle
 import re
+import signal
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -440,7 +444,7 @@ def way_out(error):
     return "look at that path and its disk"
 
 def command(main):
-    """Decorates every module's main(argv): bad input ends in exit code 1 and one sentence, said by rank 0."""
+    """Decorates every module's main(argv): bad input ends in exit code 1 and a sentence, once a machine."""
     def run(argv=None):
         try:
             return main(argv)
@@ -449,7 +453,8 @@ def command(main):
         except OSError as e:
             sentence = f"{e.filename or 'a file'}: {reason(e)}; {way_out(e)}"
         program = os.path.basename(main.__code__.co_filename)
-        sys.exit(1 if rank_and_world()[0] else f"{program}: {sentence}")
+        is_first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+        sys.exit(f"{program}: {sentence}" if is_first else 1)
     return run
 
 def write_whole(file, write):
@@ -489,6 +494,76 @@ def psnr(a, b):
     squared error below 0.01 counts as 0.01: equal frames score 68.1 dB, and means stay finite."""
     mse = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean((1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(mse, 0.01))
+
+# ---- what every long run uses: processes, devices, signals ----------------------------------------
+
+def join_processes(backend):
+    """Meets the processes that torchrun started. One that runs alone needs no port, for that may be taken."""
+    if dist.is_initialized():
+        dist.destroy_process_group()  # of a run that ended with an error, as happens in a notebook
+    rank, world = rank_and_world()
+    store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://"))[0]
+    # The store still holds addresses of processes that died before torchrun --max-restarts: use other names.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+def device_of():
+    """("cuda" or "cpu", this process's torch.device)"""
+    if not torch.cuda.is_available():
+        return "cpu", torch.device("cpu")
+    here, n = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > n:
+        raise DataError(f"there are {n} CUDA devices for {here} processes: give --nproc_per_node={n}, or "
+                        "train on the CPU with CUDA_VISIBLE_DEVICES=")
+    return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+def from_rank_0(x):
+    """What x is in the first process, in all of them: others may run on machines that lack its files."""
+    box = [x]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+def peak_gb(kind):
+    """The most memory that was held, on the GPU or by this process; nan where that is not known."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+@contextlib.contextmanager
+def remembered_signals():
+    """A list that grows with every Ctrl-C, SIGTERM or SIGHUP (a closed terminal), so that the loop can finish
+    its step. A second Ctrl-C stops at once, unless within a second: torchrun hands on the first."""
+    arrived = []
+
+    def remember(number, _):
+        if number == signal.SIGINT and arrived and time.monotonic() > arrived[0] + 1:
+            raise KeyboardInterrupt
+        arrived.append(time.monotonic())
+
+    ignored = [s for s in STOPPING[1:] if signal.getsignal(s) == signal.SIG_IGN]  # as nohup ignores SIGHUP
+    before = {s: signal.signal(s, remember) for s in STOPPING if s not in ignored}
+    try:
+        yield arrived
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+def ignore_signals(_):
+    """For processes that read clips: Ctrl-C reaches them, too, but when to stop is for the loop to say."""
+    for s in STOPPING:
+        signal.signal(s, signal.SIG_IGN)
 
 # ---- commands ------------------------------------------------------------------------------------
 def walk():

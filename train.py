@@ -5,7 +5,7 @@
     python train.py --model masked --variant base --data 1x             # the paper's model, on a GPU
 
 In come clips: video as ids (T, H, W) or latents (C, T, H, W), and actions (17, A), one per frame. Into the
-folder OUT go ckpt.pt, log.jsonl, loss.png and samples/*.gif.
+folder OUT go ckpt.pt, ckpt_best.pt (lowest validation loss), log.jsonl, loss.png and samples/*.gif.
 
 Everything random is a function of the seed and a position: position p = step * batch + i names one clip and
 all noise in its loss. So a run is the same however its batch is divided among processes and micro-batches,
@@ -13,29 +13,28 @@ and to resume at step n is to read on at position n * batch.
 """
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
-import signal
 import socket
-import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from statistics import mean
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
-from blocks import VARIANTS, compile_blocks, knob
-from data import (HERE, PAST, ROBOT, SOURCE, DataError, action_statistics, open_clips, prepare_data,
-                  split_folders)
-from sample import (MODELS, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
-                    save_checkpoint, save_curve, save_gif, whole)
-from tokenizer import command, count_parameters, fingerprint, rank_and_world, write_whole
+from blocks import VARIANTS, compile_blocks, count_flops, faster_dtype, knob
+from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare_data, split_folders
+from sample import (MODELS, describe, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
+                    save_best, save_checkpoint, save_curve, save_gif, settings_of, spread, whole)
+from tokenizer import (barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
+                       join_processes, peak_gb, rank_and_world, remembered_signals, write_whole)
 
 # ---- the knobs of a run --------------------------------------------------------------------------
 
@@ -66,7 +65,7 @@ class TrainConfig:
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile the blocks")
     checkpoint_activations: str = knob(
-        "", "store less for the backward pass: only matrix products, or (the flag alone) inputs of blocks",
+        "", "hold less for the backward pass: matrix products, or (the flag alone) inputs of blocks only",
         choices=("products", "inputs"), alone="inputs")
     shard: bool = knob(False, "FSDP2: divide parameters, gradients and optimiser among the processes")
     workers: int = knob(-1, "processes that read clips ahead; default: four on a GPU, none on a CPU", low=-1)
@@ -78,6 +77,7 @@ class TrainConfig:
     actions: str = knob("", SOURCE["actions"])
     frames: int = knob(20_000, "frames of the built-in robot, drawn where it is missing", low=1)
     # what is written
+    val_every: int = knob(0, "steps from one validation to the next; default: 14 in a run; -1: none", low=-1)
     log_every: int = knob(20, "steps from one line of log.jsonl to the next", low=1)
     save_every: int = knob(500, "steps from one checkpoint to the next", low=1)
     sample_every: int = knob(1000, "steps from one GIF to the next; 0: only at the end, -1: never", low=-1)
@@ -121,9 +121,10 @@ def micro_batches(stream, config, step, device):
         workers = 4 if on_gpu else 0  # a CPU's cores are busy with the model already
     loader = DataLoader(stream, batch_sampler=positions(config, step, *rank_and_world()), num_workers=workers,
                         pin_memory=on_gpu, worker_init_fn=ignore_signals)
-    for video, actions, draws in loader:
-        draws = {name: x.to(device, non_blocking=True) for name, x in draws.items()}
-        yield video.to(device, non_blocking=True), actions.to(device, non_blocking=True), draws
+    yield from (to_device(batch, device) for batch in loader)
+
+def to_device(batch, device):
+    return tree_map(lambda x: x.to(device, non_blocking=True), batch)
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -155,14 +156,13 @@ def train(config):
     clips = open_clips(folder, "train")
     sizes = model_config(config, clips)
     about = describe(config, sizes, folder, clips, tokenizer)
+    if about["data"]["sha256"] != from_rank_0(about["data"]["sha256"]):
+        raise DataError(f"{folder} on {socket.gethostname()} is not the first machine's: copy that one")
 
     # 3. The folder of the run, which rank 0 locks and makes ready, and the checkpoint to go on from.
     lock = open_run_folder(config, say)
-    barrier()
-    file = os.path.join(config.out, "ckpt.pt")
-    saved = last_checkpoint(file) if config.resume else None
-    settle_dtype(config, saved, device)
-    autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+    file = f"{config.out}/ckpt.pt"
+    saved = last_checkpoint(file) if from_rank_0(config.resume) else None
 
     # 4. The model with the statistics of its data, the optimiser, and the running average of the weights.
     torch.manual_seed(config.seed)
@@ -171,25 +171,34 @@ def train(config):
     if module.KIND == "continuous":
         statistics += torch.tensor([clips.meta["latent_mean"], clips.meta["latent_std"]])
     model.set_statistics(*statistics)
-    millions = count_parameters(model) / 1e6
-    say(f"{config.model} {config.variant}: {millions:.1f} M parameters, {len(clips)} clips of {folder}, "
-        f"{config.steps} steps of {config.batch} clips, {world} x {kind}, {config.dtype}, to {config.out}")
+    block = copy.deepcopy(model.blocks[0]).to(device)  # to be timed; below, the model may be in pieces
     runner = distribute(model, config, device)  # the same model, in what averages gradients over processes
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     ema = {name: x.detach().clone() for name, x in model.state_dict().items()}
-    step = 0
-    if saved:
-        step = restore(saved, model, optimizer, ema, config, about)
-        check_resumed(config, saved, about, say)
-        del saved
+    step = restore(saved, model, optimizer, ema, config, about) if saved else 0
 
-    # 5. The first micro-batch, which also serves to count operations: backward costs twice what forward does.
+    # 5. The first micro-batch. Its operations are counted: backward costs twice what forward does. And auto
+    # becomes the number type that is faster on it, or that of before, for other types give other losses.
     stream = Stream(clips, model.draw, config.seed)
     batches = micro_batches(stream, config, step, device)
     video, actions, draws = next(batches)
-    with autocast:
-        flops = 3 * count_flops(lambda: model(video, actions, draws)) / len(video)
+    inputs = []
+    hook = model.blocks[0].register_forward_pre_hook(lambda _, args: inputs.extend(args))
+    flops = 3 * count_flops(lambda: model(video, actions, draws)) / len(video)
+    hook.remove()
+    if config.dtype == "auto":
+        config.dtype = saved["config"]["dtype"] if saved else from_rank_0(faster_dtype(block, *inputs))
+    autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+    epochs, millions = config.steps * config.batch / len(clips), count_parameters(model) / 1e6
+    say(f"{len(clips)} clips, each seen {epochs:.1f} times: {config.model} {config.variant}, {millions:.1f} M"
+        f" parameters, {config.steps} steps of {config.batch} clips on {world} x {kind} in {config.dtype}")
+    if saved:
+        check_resumed(config, saved, about, say)
+    del saved, block, inputs
+
+    # 6. Validation, the log, and the step to end with.
+    validation = Validation(config, model, folder, clips, device, say)
     log = Log(config, step, flops, kind)
     last = min(config.steps, config.stop_after or config.steps)
     asked = 0  # by how many signals, on all processes together, the run was asked to stop
@@ -235,20 +244,22 @@ def train(config):
             average(ema, model, min(config.ema, (1 + step) / (10 + step)))
 
             # What is written. All processes take part, for with --shard each of them holds a piece.
-            ends = step == last or asked > 0
+            ends, found = step == last or asked > 0, {}
             log.bar.update()
-            if is_due(config.log_every, step, ends):
-                log.write(step, loss=loss, lr=lr, grad_norm=norm)
+            if is_due(config.val_every, step, step == config.steps):
+                found = validation.measure(ema, autocast)
+                log.start += found["val_seconds"]  # this was no training
+            if found or is_due(config.log_every, step, ends):
+                log.write(step, loss=loss, lr=lr, grad_norm=norm, **found)
+            if found and log.best().get("step") == step:
+                save_best(f"{config.out}/ckpt_best.pt", ema, step, config, about)
             if is_due(config.save_every, step, ends):
                 save_checkpoint(file, model, optimizer, ema, step, config, about)
             if is_due(config.sample_every, step, step == config.steps):
                 show(config, about, sizes, ema, folder, step, device)
 
     log.bar.close()
-    if step == config.steps:
-        say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
-    else:
-        say(f"stopped after step {step}; the same command with --resume goes on from {file}")
+    log.conclude(config, step, file, say)
     dist.destroy_process_group()
 
 def average(ema, model, decay):
@@ -259,142 +270,6 @@ def average(ema, model, decay):
 def is_due(every, step, last):
     """every > 0: whenever so many steps are done, and after the last; 0: only after the last; -1: never."""
     return every > 0 and step % every == 0 or every >= 0 and last
-
-# ---- what was not given --------------------------------------------------------------------------
-
-def settle(config, say):
-    """Fills in the preset, and what the preset decides. The first line printed says which preset, and why."""
-    has_gpu, why = torch.cuda.is_available(), "as asked"
-    if config.preset == "auto":
-        is_1x = config.data and "robot" not in open_clips(config.data, "train", **source_of(config)).meta
-        config.preset = "paper" if has_gpu and is_1x else "tiny"
-        source = f"data in {config.data}" if config.data else "no --data: the built-in robot"
-        why = f"{'a' if has_gpu else 'no'} CUDA device, {source}"
-    say(f"preset {config.preset} ({why}): --model {config.model} --variant {config.variant}")
-    preset = MODELS[config.model].TRAINING[config.preset]
-    for name in ("steps", "batch", "lr", "warmup", "decay"):
-        if getattr(config, name) == getattr(TrainConfig, name):  # it was not given
-            setattr(config, name, preset[name])
-    check_flags(config)
-    config.out = os.path.normpath(config.out or f"out/{config.model}_{config.variant}")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and has_run(config.out):
-        config.resume = True  # torchrun --max-restarts has begun this run again
-
-    # A process's share of the batch goes into as few micro-batches as fit its memory.
-    _, world = rank_and_world()
-    paper_on_cpu = config.preset == "paper" and not has_gpu
-    if not config.accum:
-        share, config.accum = config.batch // world, 1
-        fits = 1 if paper_on_cpu else preset.get("micro", share)
-        while share % config.accum or share // config.accum > fits:
-            config.accum += 1
-    parts = world * config.accum
-    if config.batch % parts:
-        raise DataError(f"--batch {config.batch} cannot be divided among {world} processes x --accum "
-                        f"{config.accum}: give a multiple of {parts}")
-    if paper_on_cpu and not config.checkpoint_activations:
-        config.checkpoint_activations = "products"
-        say("no GPU: one clip at a time, holding no more than --checkpoint_activations products")
-
-def source_of(config):
-    """What is chosen of a LeRobot folder."""
-    return {name: getattr(config, name) for name in SOURCE}
-
-def model_options(name):
-    """{name: field} of a model's dataclass, without what the data or a knob of TrainConfig decides."""
-    decided = {"T_p", "T_f", "H", "W", "temporal", "action_dim", "vocab_size", "channels", "levels"}
-    decided.update(f.name for f in fields(TrainConfig))
-    return {f.name: f for f in fields(MODELS[name].Config) if f.name not in decided}
-
-def check_flags(config):
-    """Numbers that make no sense and options that the model does not have are refused before any work."""
-    for f in fields(TrainConfig):
-        value, low, below = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("below", math.inf)
-        if low is not None and not low <= value < below:
-            raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
-    known = model_options(config.model)
-    for name in config.options:
-        if name not in known:
-            raise DataError(f"--{name} is no option of {config.model}, which has --{', --'.join(known)}")
-    module = MODELS[config.model]
-    sizes = {**module.PRESETS[config.preset], **config.options}
-    sizes.pop("share_digits", None)  # whether that is possible is for the data to say
-    module.Config(**sizes)  # it checks itself
-
-def model_config(config, clips):
-    """The preset's sizes, the options given, and what the data decides."""
-    module, tokenizer = MODELS[config.model], clips.meta.get("tokenizer", {})
-    sizes = {**module.PRESETS[config.preset], **config.options}
-    *_, T, H, W = clips.shape  # of ids (T, H, W), of latents (C, T, H, W)
-    temporal = tokenizer.get("temporal", 8)
-    T_p = 1 + (PAST - 1) // temporal  # the first latent is of one frame, every other of `temporal` frames
-    sizes.update(T_p=T_p, T_f=T - T_p, H=H, W=W, temporal=temporal, action_dim=clips.action_dim,
-                 variant=config.variant, checkpoint_activations=config.checkpoint_activations)
-    if module.KIND == "continuous":
-        sizes["channels"] = clips.shape[0]
-    else:
-        share_digits = sizes.get("share_digits", False) and "levels" in tokenizer  # ids of 1X come without
-        sizes.update(vocab_size=clips.vocab_size, share_digits=share_digits)
-        sizes["levels"] = tuple(tokenizer["levels"]) if share_digits else ()
-    return module.Config(**sizes)
-
-def describe(config, sizes, folder, clips, tokenizer):
-    """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
-    meta = clips.meta
-    data = dict(path=folder, source=meta.get("source", ""), size=meta.get("size"), names=list(clips.names),
-                hz=clips.hz, frame_stride=meta.get("frame_stride", 1), clips=len(clips),
-                opened=meta.get("opened", {}),
-                sha256=fingerprint(os.path.join(clips.path, "metadata.json")))
-    if not config.data:
-        data.update(source=ROBOT, built_in={"frames": config.frames})
-    if tokenizer and os.path.abspath(tokenizer).startswith(HERE + os.sep):
-        tokenizer = os.path.relpath(tokenizer, HERE)  # so that the checkpoint can move to another clone
-    tokenizer = {**meta.get("tokenizer", {}), "path": tokenizer}
-    return {"model_config": asdict(sizes), "data": data, "tokenizer": tokenizer}
-
-# ---- processes, devices, number types, signals ---------------------------------------------------
-
-def join_processes(backend):
-    """Meets the processes that torchrun started. One that runs alone needs no port, for that may be taken."""
-    if dist.is_initialized():
-        dist.destroy_process_group()  # of a run that ended with an error, as happens in a notebook
-    rank, world = rank_and_world()
-    store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://"))[0]
-    # The store still holds addresses of processes that died before torchrun --max-restarts: use other names.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-
-def barrier():
-    if dist.is_initialized():  # evaluate.py may run without
-        dist.barrier()
-
-def device_of():
-    """("cuda" or "cpu", this process's torch.device)"""
-    if not torch.cuda.is_available():
-        return "cpu", torch.device("cpu")
-    here, n = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if here > n:
-        raise DataError(f"there are {n} CUDA devices for {here} processes: give --nproc_per_node={n}, or "
-                        "train on the CPU with CUDA_VISIBLE_DEVICES=")
-    return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-def settle_dtype(config, saved, device):
-    """--dtype auto becomes what the run had before, or what rank 0 measures: other types, other losses."""
-    if config.dtype == "auto":
-        choice = [saved["config"]["dtype"] if saved else str(faster_dtype(device.type, device))]
-        dist.broadcast_object_list(choice, device=device)
-        config.dtype = choice[0].removeprefix("torch.")
-
-def faster_dtype(kind, device):
-    """bfloat16 where a GPU has units for it, or a CPU multiplies it at least 1.3 times as fast as float32."""
-    if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.randn(256, 256).to(dtype)
-        timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
-        seconds[dtype] = timer.timeit(3).mean
-    return torch.bfloat16 if 1.3 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
 
 def distribute(model, config, device):
     """The model as it is trained: whole on every process (DDP), or with --shard in pieces (FSDP2)."""
@@ -411,54 +286,171 @@ def distribute(model, config, device):
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# ---- validation ----------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def remembered_signals():
-    """A list that grows with every Ctrl-C, SIGTERM or SIGHUP (a closed terminal), so that the loop can finish
-    its step. A second Ctrl-C stops at once, unless within a second: torchrun hands on the first."""
-    arrived = []
+class Validation:
+    """The loss of a few clips that are not trained on, always under the same noise and by the averaged
+    weights, so that steps can be compared. It touches nothing on which training depends."""
 
-    def remember(number, _):
-        if number == signal.SIGINT and arrived and time.monotonic() > arrived[0] + 1:
-            raise KeyboardInterrupt
-        arrived.append(time.monotonic())
+    def __init__(self, config, model, folder, trained_on, device, say):
+        self.model, self.batches = model, []
+        if "val" not in split_folders(folder):
+            config.val_every = -1
+            say(f"no validation loss: {folder} has no val split")
+        if config.val_every < 0:
+            return
+        # 1. The clips. A step takes three passes through its batch; by default, two through these clips now
+        # and then take less than 3 % of that.
+        clips = open_clips(folder, "val")
+        if clips.shape != trained_on.shape or clips.action_dim != trained_on.action_dim:
+            raise DataError(f"{clips.path} is not like {trained_on.path}: encode both with one tokenizer")
+        chosen = spread(clips, min(32, len(clips)))
+        config.val_every = config.val_every or max(config.steps // 14, 25 * len(chosen) // config.batch)
+        # 2. What their losses take. Shuffled actions are those of a clip far away, but for the past.
+        items, n_past = [], model.layout.lengths[2]
+        for i in chosen:
+            clip, other = clips[i], clips[(i + len(clips) // 2) % len(clips)]
+            shuffled = torch.cat([clip["actions"][:n_past], other["actions"][n_past:]])
+            draws = model.draw(torch.Generator().manual_seed(i))
+            items.append((clip["video"], clip["actions"], shuffled, draws))
+        known = model.known_losses(torch.stack([item[0] for item in items]))
+        say(f"validation loss of {len(chosen)} clips every {config.val_every} steps; {known}")
+        # 3. Each process takes its share, in batches as large as training's. Where one has less to do, it
+        # computes a batch that does not count, because with --shard all must take part.
+        rank, world = rank_and_world()
+        loader = DataLoader(items, config.batch // (world * config.accum), generator=torch.Generator())
+        batches = [to_device(batch, device) for batch in loader]
+        self.batches = [(True, *batch) for batch in batches[rank::world]]
+        if len(self.batches) < len(batches[::world]):
+            self.batches.append((False, *batches[0]))
 
-    before = {s: signal.getsignal(s) for s in STOPPING}
-    for s, handler in before.items():
-        if s == signal.SIGINT or handler != signal.SIG_IGN:  # a run under nohup outlives its terminal
-            signal.signal(s, remember)
+    @torch.no_grad()
+    def measure(self, ema, autocast):
+        """-> {"val_loss", "action_share": the loss under shuffled actions divided by it, "val_seconds"}"""
+        start, total = time.perf_counter(), torch.zeros(3, device=self.batches[0][1].device)
+        exchange(self.model, ema)
+        for counts, video, actions, shuffled, draws in self.batches:
+            with autocast:
+                true, n = self.model(video, actions, draws)
+                other, _ = self.model(video, shuffled, draws)
+            if counts:
+                total += torch.stack([true.float(), other.float(), n.float()])
+        if hasattr(self.model, "reshard"):  # with --shard averaged weights have been gathered: let go of them
+            self.model.reshard()
+        exchange(self.model, ema)
+        dist.all_reduce(total)
+        true, other, n = total
+        found = {"val_loss": (true / n).item(), "action_share": (other / true).item()}
+        return {**found, "val_seconds": time.perf_counter() - start}
+
+def exchange(model, ema):
+    """The averaged weights become the model's, and the model's the averaged; a second call undoes it."""
+    for name, p in model.named_parameters():
+        held = p.detach().clone()
+        p.copy_(ema[name])
+        ema[name].copy_(held)
+
+# ---- what was not given --------------------------------------------------------------------------
+
+def source_of(config):
+    """What is chosen of a LeRobot folder."""
+    return {name: getattr(config, name) for name in SOURCE}
+
+def settle(config, say):
+    """Fills in the preset, and what the preset decides. The first line printed says which preset, and why."""
+    has_gpu, why = torch.cuda.is_available(), "as asked"
+    if config.preset == "auto":
+        is_1x = config.data and "robot" not in open_clips(config.data, "train", **source_of(config)).meta
+        config.preset = "paper" if has_gpu and is_1x else "tiny"
+        why = f"{'a' if has_gpu else 'no'} CUDA device, {config.data or 'the built-in robot'}"
+    say(f"preset {config.preset} ({why}): --model {config.model} --variant {config.variant}")
+    preset = MODELS[config.model].TRAINING[config.preset]
+    for name in ("steps", "batch", "lr", "warmup", "decay"):
+        if getattr(config, name) == getattr(TrainConfig, name):  # it was not given
+            setattr(config, name, preset[name])
+    check_flags(config)
+    config.out = os.path.normpath(config.out or f"out/{config.model}_{config.variant}")
+
+    # A process's share of the batch goes into as few micro-batches as fit its memory.
+    world, paper_on_cpu = rank_and_world()[1], config.preset == "paper" and not has_gpu
+    if not config.accum:
+        share, config.accum = config.batch // world, 1
+        fits = 1 if paper_on_cpu else preset.get("micro", share)
+        while share % config.accum or share // config.accum > fits:
+            config.accum += 1
+    parts = world * config.accum
+    if config.batch % parts:
+        raise DataError(f"--batch {config.batch} cannot be divided among {world} processes x --accum "
+                        f"{config.accum}: give a multiple of {parts}")
+    if paper_on_cpu and not config.checkpoint_activations:
+        config.checkpoint_activations = "inputs" if config.compile else "products"
+        say(f"no GPU: one clip at a time, with --checkpoint_activations {config.checkpoint_activations}")
+
+def model_options(name):
+    """{name: field} of a model's dataclass, without what the data or a knob of TrainConfig decides."""
+    decided = {"T_p", "T_f", "H", "W", "temporal", "action_dim", "vocab_size", "channels", "levels"}
+    decided.update(f.name for f in fields(TrainConfig))
+    return {f.name: f for f in fields(MODELS[name].Config) if f.name not in decided}
+
+def check_flags(config):
+    """Options that the model does not have, and numbers that make no sense, are refused before any work."""
+    known = model_options(config.model)
+    for name in config.options.keys() - known:
+        raise DataError(f"--{name} is no option of {config.model}, which has --{', --'.join(known)}")
+    for f in fields(TrainConfig):
+        value, low = getattr(config, f.name), f.metadata.get("low", -math.inf)
+        below = f.metadata.get("below", math.inf)
+        if isinstance(value, (int, float)) and not low <= value < below:
+            raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
+    if config.compile and config.checkpoint_activations == "products":
+        raise DataError("--compile cannot be combined with --checkpoint_activations products: leave one of "
+                        "them out, or give --checkpoint_activations inputs")
+    sizes_of(config)
+
+def sizes_of(config, **decided):
+    """The preset's sizes, with the options given and what is decided elsewhere."""
+    module = MODELS[config.model]
+    decided.update(variant=config.variant, checkpoint_activations=config.checkpoint_activations)
     try:
-        yield arrived
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        return module.Config(**{**module.PRESETS[config.preset], **config.options, **decided})
+    except DataError as e:
+        flags = [f"--{name} {value}" for name, value in config.options.items()]
+        raise DataError(f"{' '.join(flags) or config.preset}: {e}") from None
 
-def ignore_signals(_):
-    """For processes that read clips: Ctrl-C reaches them, too, but when to stop is for the loop to say."""
-    for s in STOPPING:
-        signal.signal(s, signal.SIG_IGN)
+def model_config(config, clips):
+    """The sizes of the model, some of which its data decides."""
+    tokenizer = clips.meta.get("tokenizer", {})
+    *channels, T, H, W = clips.shape  # of latents (C, T, H, W), of ids (T, H, W)
+    temporal = tokenizer.get("temporal", 8)
+    T_p = 1 + (PAST - 1) // temporal  # the first latent is of one frame
+    decided = dict(action_dim=clips.action_dim, temporal=temporal, T_p=T_p, T_f=T - T_p, H=H, W=W)
+    if channels:
+        decided["channels"] = channels[0]
+    else:  # ids of another's making do not say their digits
+        digits = "levels" in tokenizer and sizes_of(config).share_digits
+        levels = tuple(tokenizer["levels"]) if digits else ()
+        decided.update(vocab_size=clips.vocab_size, share_digits=digits, levels=levels)
+    return sizes_of(config, **decided)
 
 # ---- the folder of a run -------------------------------------------------------------------------
-
-def has_run(folder):
-    return any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "ckpt_previous.pt"))
 
 def open_run_folder(config, say):
     """Makes OUT and returns its lock. An earlier run is kept under another name, so that nothing is lost."""
     if rank_and_world()[0] > 0:
         return contextlib.nullcontext()
-    if config.resume and not has_run(config.out):
+    found = any(os.path.exists(f"{config.out}/{name}") for name in ("ckpt.pt", "ckpt_previous.pt"))
+    if found and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        config.resume = True  # torchrun --max-restarts has begun this run again
+    if config.resume and not found:
         raise DataError(f"there is no {config.out}/ckpt.pt to resume: leave --resume out, or change --out")
     lock = hold(config.out)
-    if has_run(config.out) and not config.resume:
+    if found and not config.resume:
         n = 1
         while os.path.exists(f"{config.out}.{n}"):
             n += 1
         os.rename(config.out, f"{config.out}.{n}")
         say(f"{config.out} already held a run; it is now {config.out}.{n}")
         lock = hold(config.out)
-    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
     return lock
 
 def hold(folder):
@@ -503,10 +495,12 @@ class Log:
         self.is_writer = rank_and_world()[0] == 0
         self.bar = tqdm(total=config.steps, initial=step, desc="training", disable=not self.is_writer)
         self.step, self.start = step, time.perf_counter()
+        self.is_judged, self.val, kept = False, "", []
         if self.is_writer and os.path.exists(self.file):  # steps after the checkpoint will be logged again
             with open(self.file) as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
             write_whole(self.file, lambda name: open(name, "w").writelines(kept))
+        self.lines = [json.loads(line) for line in from_rank_0(kept)]
 
     def write(self, step, **measured):
         now = time.perf_counter()
@@ -515,37 +509,55 @@ class Log:
         line = {"step": step, **measured, "samples_per_s": rate, "tflops": self.flops * rate / 1e12,
                 "peak_gb": peak_gb(self.kind)}
         line = {name: round(x, 6) for name, x in line.items() if not math.isnan(x)}
+        self.lines.append(line)
         if self.is_writer:
             with open(self.file, "a") as f:
                 print(json.dumps(line), file=f)
-            self.bar.set_postfix(loss=f"{measured['loss']:.4f}", per_s=f"{rate:.1f}")
+            self.val = line.get("val_loss", self.val)
+            self.bar.set_postfix(loss=f"{line['loss']:.4f}", val=self.val, per_s=f"{rate:.1f}")
+            self.judge()
 
-def peak_gb(kind):
-    """The most memory that was held, on the GPU or by this process; nan where that is not known."""
-    if kind == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    def validated(self):
+        return [line for line in self.lines if "val_loss" in line]
 
-def count_flops(f):
-    """Operations of the matrix products and attentions of f(), run as it is written and without gradients."""
-    left_out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # by torch's counter
-    more = {left_out: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    counter = FlopCounterMode(display=False, custom_mapping=more)
-    with torch.compiler.set_stance("force_eager"), counter, torch.no_grad():
-        f()
-    return counter.get_total_flops()
+    def best(self):
+        """The line of the lowest validation loss, or {}."""
+        return min(self.validated(), key=lambda line: line["val_loss"], default={})
+
+    def judge(self):
+        """Says it once when three validations in a row are 1 % above the best while training loss falls."""
+        best, late = self.best(), [line["val_loss"] for line in self.validated()[-3:]]
+        if self.is_judged or not late or min(late) < 1.01 * best["val_loss"]:
+            return
+        losses, n = [line["loss"] for line in self.lines], self.lines.index(best) + 1
+        if mean(losses[n:]) < mean(losses[:n]):
+            self.is_judged = True
+            self.bar.write(
+                f"The model is memorising: training loss falls, but validation loss is {late[-1]:.4g} after "
+                f"{best['val_loss']:.4g} at step {best['step']}. Try more clips (data.py encode --stride 4,"
+                " or new recordings); fewer --steps (ckpt_best.pt is the best so far); a smaller --width or a"
+                " larger --weight_decay.")
+
+    def conclude(self, config, step, file, say):
+        """The last words of a run: how to go on, or which of its two checkpoints is the better one."""
+        if step < config.steps:
+            say(f"stopped after step {step}; the same command with --resume goes on from {file}")
+            return
+        best, last = self.best(), self.validated()[-1:]
+        if last == [best]:
+            say(f"the last validation loss, {best['val_loss']}, is the lowest")
+        elif best:
+            file = f"{config.out}/ckpt_best.pt"
+            say(f"{file}, of step {best['step']}, is better than ckpt.pt: its validation loss is "
+                f"{best['val_loss']}, not {last[0]['val_loss']}")
+        say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
 
 def refuse(config, step, loss, norm, stream):
     """Ends a run whose loss is not finite. No checkpoint is written, so that the last good one stays."""
     first = step * config.batch
     names = [stream.clips.where(stream.clip_index(p)) for p in range(first, first + min(config.batch, 4))]
-    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}; the checkpoint stays as it was. "
-                    f"Look at the clips of this batch ({', '.join(names)}, ...), or lower --lr")
+    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}, in a batch that begins with "
+                    f"{', '.join(names)}: look at these clips, or lower --lr; {config.out}/ckpt.pt is good")
 
 def show(config, about, sizes, ema, folder, step, device):
     """OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four validation clips."""
@@ -556,7 +568,8 @@ def show(config, about, sizes, ema, folder, step, device):
             model = module.Model(sizes).to(device).eval()
             model.load_state_dict(weights)
             clips = open_clips(folder, "val")
-            dreams = dream(model, tokenizer, clips, min(4, len(clips)), **module.SAMPLING[config.preset])
+            settings = settings_of({"config": asdict(config), "model_config": asdict(sizes)})
+            dreams = dream(model, tokenizer, clips, min(4, len(clips)), **settings)
             save_gif(picture_rows(dreams), f"{config.out}/samples/step_{step:06d}.gif", clips.hz)
         else:
             print(f"no sample pictures: {folder} has no val split, or --tokenizer is missing")

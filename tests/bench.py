@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from blocks import VARIANTS, compile_blocks
+from blocks import VARIANTS, compile_blocks, count_flops
 from sample import MODELS
-from train import Stream, TrainConfig, count_flops, faster_dtype, positions
+from train import Stream, TrainConfig, positions
 
 CUDA = torch.cuda.is_available()
 torch.backends.cuda.matmul.allow_tf32 = True  # as train.py does
@@ -48,9 +48,20 @@ def seconds(f, repeat):
     return statistics.median(times[1:])
 
 
+def faster_dtype():
+    """The number type of the faster product of 256 x 256 matrices; on a GPU bfloat16 where it has units for it."""
+    if CUDA:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    taken = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(256, 256).to(dtype)
+        taken[dtype] = seconds(lambda: a @ a, 3)
+    return torch.bfloat16 if 1.3 * taken[torch.bfloat16] < taken[torch.float32] else torch.float32
+
+
 def matmul_rate(dtype, n=2048):
     """GFLOP/s of an n-cube matrix product."""
-    if not CUDA and dtype == torch.bfloat16 and faster_dtype("cpu", DEVICE) != dtype:
+    if not CUDA and dtype == torch.bfloat16 and faster_dtype() != dtype:
         n = 512  # this processor has no bfloat16 units: minutes otherwise
     a, b = torch.randn(2, n, n, device=DEVICE).to(dtype).unbind()
     return 2 * n**3 / seconds(lambda: a @ b, 20 if CUDA else 3) / 1e9
@@ -197,7 +208,7 @@ def tokenizer_part(args, dtype):
 
 def child(args):
     """Measures one part, prints its JSON."""
-    dtype = faster_dtype(DEVICE.type, DEVICE) if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = faster_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
     rate = matmul_rate(dtype)
     found = {"train": train_part, "sample": sample_part, "tokenizer": tokenizer_part}[args.child](args, dtype)
     for key in [k for k in found if k.endswith("gflop_per_s")]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -370,7 +371,7 @@ def test_a_signal_ends_a_run_with_its_checkpoint(toy, tmp_path, monkeypatch, num
 
     before = signal.getsignal(number)
     monkeypatch.setattr(masked_hwm.MaskedHWM, "draw", draw_and_interrupt)
-    run(toy, tmp_path, steps=50)
+    run(toy, tmp_path, steps=50, val_every=-1)
     assert read(tmp_path)["step"] == 2
     assert signal.getsignal(number) == before, "as in a notebook, where Ctrl-C must work afterwards"
 
@@ -378,7 +379,7 @@ def test_a_signal_ends_a_run_with_its_checkpoint(toy, tmp_path, monkeypatch, num
 def test_a_second_ctrl_c_stops_at_once(toy, tmp_path, monkeypatch):
     """But not within a second of the first, for torchrun hands on what the terminal has sent to all."""
     now = []
-    monkeypatch.setattr(training.time, "monotonic", lambda: sum(now))
+    monkeypatch.setattr(tok.time, "monotonic", lambda: sum(now))
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt(config, step):
@@ -461,7 +462,7 @@ def test_memory_on_other_systems(toy, tmp_path, monkeypatch):
     """macOS counts in bytes, Linux in kilobytes; Windows has no such module."""
     usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=600_000_000))
     monkeypatch.setitem(sys.modules, "resource", usage)
-    monkeypatch.setattr(training.sys, "platform", "darwin")
+    monkeypatch.setattr(tok.sys, "platform", "darwin")
     assert training.peak_gb("cpu") == 0.6
     monkeypatch.setitem(sys.modules, "resource", None)
     assert "peak_gb" not in run(toy, tmp_path, steps=1)[0]
@@ -485,10 +486,10 @@ def test_flags_that_change_nothing_may_change(toy, tmp_path, name, value):
 
 def test_the_number_type_is_measured_once_for_a_run(toy, tmp_path, monkeypatch):
     """--dtype auto is a stopwatch: a resumed run keeps what the first part used, or its losses would differ."""
-    monkeypatch.setattr(training, "faster_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(training, "faster_dtype", lambda *_: "float32")
     straight = run(toy, tmp_path / "a", steps=4, dtype="auto")
     run(toy, tmp_path / "b", steps=4, dtype="auto", stop_after=2)
-    monkeypatch.setattr(training, "faster_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(training, "faster_dtype", lambda *_: "bfloat16")
     assert losses(run(toy, tmp_path / "b", steps=4, dtype="auto", resume=True)) == losses(straight)
 
 
@@ -577,6 +578,7 @@ DRIVER = """
     for port, with_pictures, config in runs:
         os.environ["MASTER_PORT"] = str(port)
         train.show = show if with_pictures else lambda *_: None
+        os.chdir(f"{{os.path.dirname(sys.argv[1])}}/machine_{{os.environ['RANK']}}")
         train.train(train.TrainConfig(**config))
 """
 
@@ -597,12 +599,16 @@ def two_processes(toy, tmp_path_factory):
     train them one after the other (the environment is torchrun's). -> folder of the runs"""
     root = tmp_path_factory.mktemp("two")
     configs = [config(toy, root / f"{m}_{v}", m, v) for m, v in PAIRS]
-    configs += [config(toy, root / f"four_{m}", m, "full", steps=4, lr=1e-3) for m in ("masked", "flow")]
+    configs += [config(toy, root / f"four_{m}", m, "full", steps=4, lr=1e-3, val_every=2) for m in ("masked", "flow")]
     configs += [config(toy, root / "accum", "masked", "full", steps=4, lr=1e-3, accum=2, stop_after=2),
                 config(toy, root / "accum", "masked", "full", steps=4, lr=1e-3, accum=2, resume=True)]
-    configs += [config(toy, root / f"shard_{m}", m, "full", steps=4, lr=1e-3, shard=True) for m in ("masked", "flow")]
+    configs += [config(toy, root / f"shard_{m}", m, "full", steps=4, lr=1e-3, shard=True, val_every=2) for m in ("masked", "flow")]
     configs += [config(toy, root / "shard_stop", "flow", "full", steps=4, lr=1e-3, shard=True, stop_after=2),
                 config(toy, root / "shard_stop", "flow", "full", steps=4, lr=1e-3, shard=True, resume=True)]
+    for rank in range(2):
+        shutil.copytree(toy / "dv", root / f"machine_{rank}" / "data")
+    apart = dict(variant="full", data="data", steps=4, lr=1e-3, val_every=2)
+    configs += [config(toy, "run", stop_after=2, **apart), config(toy, "run", resume=True, **apart)]
     (root / "driver.py").write_text(textwrap.dedent(DRIVER).format(main=MAIN, tests=os.path.dirname(os.path.abspath(__file__))))
     (root / "runs.json").write_text(json.dumps([[p, c.out.endswith("flow_split"), vars(c)] for p, c in zip(free_ports(len(configs)), configs)]))
     own = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", OMP_NUM_THREADS="1")
@@ -737,3 +743,258 @@ def test_any_tokenizer_that_can_be_trained_can_be_used(toy, tmp_path, temporal, 
     run(toy, tmp_path / "run", "flow", data=f"{tmp_path}/cv")
     sizes = read(tmp_path / "run")["model_config"]
     assert (sizes["temporal"], sizes["T_p"], sizes["T_f"], sizes["H"]) == (temporal, 1 + 8 // temporal, 8 // temporal, 32 // spatial)
+
+
+# ---- validation
+
+
+def validation_loss(toy, out, model, shuffled=False):
+    """The loss of all five validation clips by the averaged weights, computed here one clip after the other."""
+    net, _ = sample.load_model(f"{out}/ckpt.pt")
+    clips, total, n = data.open_clips(config(toy, "", model).data, "val"), 0, 0
+    for i in range(len(clips)):
+        actions = clips[i]["actions"].clone()
+        if shuffled:
+            actions[9:] = clips[(i + 2) % 5]["actions"][9:]
+        item = clips[i]["video"], actions, net.draw(torch.Generator().manual_seed(i))
+        loss, count = net(*torch.utils.data.default_collate([item]))
+        total, n = total + loss.item(), n + count.item()
+    return total / n
+
+
+@both
+def test_validation_loss_is_that_of_the_averaged_weights(toy, tmp_path, model):
+    lines = run(toy, tmp_path, model, steps=4, lr=0.01, val_every=2)
+    assert ["val_loss" in line for line in lines] == [False, True, False, True]
+    loss = validation_loss(toy, tmp_path, model)
+    assert lines[3]["val_loss"] == pytest.approx(loss, rel=1e-5) and lines[3]["val_loss"] != lines[1]["val_loss"]
+    share = validation_loss(toy, tmp_path, model, shuffled=True) / loss
+    assert lines[3]["action_share"] == pytest.approx(share, rel=1e-5) and share != 1
+
+
+@both
+def test_validation_changes_no_training_loss(toy, tmp_path, model):
+    with_, without = (run(toy, tmp_path / str(n), model, steps=5, lr=0.01, val_every=n) for n in (1, -1))
+    assert losses(with_) == losses(without)
+    assert all("val_loss" in line for line in with_) and not any("val_loss" in line for line in without)
+    assert not os.path.exists(tmp_path / "-1" / "ckpt_best.pt")
+    a, b = read(tmp_path / "1"), read(tmp_path / "-1")
+    for part in ("model", "ema"):
+        assert all(torch.equal(v, b[part][k]) for k, v in a[part].items()), "bit for bit"
+
+
+def test_a_resumed_run_validates_as_if_never_stopped(toy, tmp_path):
+    """Its best checkpoint, too: step 1 is the best of a run that gets worse, also if it was stopped after step 2."""
+    bad = dict(steps=4, lr=3.0, ema=0.0, warmup=0, val_every=1)
+    straight = run(toy, tmp_path / "a", **bad)
+    run(toy, tmp_path / "b", **bad, stop_after=2)
+    resumed = run(toy, tmp_path / "b", **bad, resume=True)
+    same = lambda line: (line["loss"], line["val_loss"], line["action_share"])
+    assert list(map(same, resumed)) == list(map(same, straight))
+    assert read(tmp_path / "a", "ckpt_best.pt")["step"] == read(tmp_path / "b", "ckpt_best.pt")["step"] < 4
+
+
+def test_the_best_checkpoint_is_the_lowest(toy, tmp_path, capsys):
+    lines = run(toy, tmp_path, steps=6, lr=2.0, ema=0.0, warmup=0, val_every=1)
+    best = min(lines, key=lambda line: line["val_loss"])
+    assert best["step"] < 6 and read(tmp_path, "ckpt_best.pt")["step"] == best["step"]
+    said = capsys.readouterr().out
+    assert f"of step {best['step']}, is better than ckpt.pt" in said and f"{best['val_loss']}, not {lines[-1]['val_loss']}" in said
+    assert f"--ckpt {tmp_path}/ckpt_best.pt" in said and not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+    net, saved = sample.load_model(f"{tmp_path}/ckpt_best.pt")
+    assert saved["step"] == best["step"] and all(torch.equal(v, saved["ema"][k]) for k, v in net.state_dict().items())
+    dreams = sample.dream(net, tok.load_tokenizer(f"{toy}/dv.pt"), sample.validation_clips(saved), num=1, K=1)
+    assert dreams["prediction"].shape == (1, 8, 32, 32, 3)
+
+
+def test_the_last_step_may_be_the_best(toy, tmp_path, capsys):
+    run(toy, tmp_path, steps=2, lr=1e-3, val_every=1)
+    assert "is the lowest" in capsys.readouterr().out and read(tmp_path, "ckpt_best.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("memorises", [True, False])
+def test_memorising_is_said(toy, tmp_path, capsys, memorises):
+    """Two clips are soon known by heart; with twelve and a small rate nothing of the kind happens."""
+    folder = f"{toy}/dv"
+    if memorises:
+        folder = f"{tmp_path}/two"
+        shutil.copytree(toy / "dv", folder)
+        keep_clips(f"{folder}/train_v2.0", 2)
+    lines = run(toy, tmp_path / "run", data=folder, steps=60 if memorises else 12, lr=0.01 if memorises else 1e-4, warmup=5,
+                val_every=6 if memorises else 1, ema=0.5)
+    said = capsys.readouterr().out
+    assert said.count("model is memorising") == memorises, [line.get("val_loss") for line in lines]
+    if memorises:
+        assert "--stride" in said and "--steps" in said and "--width" in said
+        assert "2 clips, each seen 120.0 times" in said
+
+
+def keep_clips(split, n):
+    """Cuts a split of one shard down to its first n clips."""
+    for file, size in (("videos/video_0.bin", None), ("robot_states/states_0.bin", 17 * n * 25 * 4),
+                       ("segment_indices/segment_idx_0.bin", 17 * n * 4)):
+        content = open(f"{split}/{file}", "rb").read()
+        meta = json.load(open(f"{split}/metadata.json"))
+        size = size or len(content) // (meta["num_images"] // 17) * n
+        open(f"{split}/{file}", "wb").write(content[:size])
+    data.save(f"{split}/metadata/metadata_0.json", {"shard_num_frames": 17 * n, "shard_ind": 0})
+    data.save(f"{split}/metadata.json", {**meta, "num_images": 17 * n})
+
+
+@both
+def test_actions_help_a_trained_model(toy, tmp_path, model):
+    """Clips whose future is what the actions say: the loss under other actions is higher."""
+    folder = config(toy, "", model).data
+    shutil.copytree(folder, tmp_path / "data")
+    for split in ("train", "val"):
+        follow_actions(f"{tmp_path}/data/{split}_v2.0")
+    last = run(toy, tmp_path / "run", model, data=f"{tmp_path}/data", steps=60, batch=8, lr=0.01, warmup=5)[-1]
+    assert last["action_share"] > 1.1
+
+
+def follow_actions(split):
+    """Clips with constant future: the first state says which of two."""
+    clips = data.open_clips(os.path.dirname(split), os.path.basename(split)[:-5])
+    n, kind = len(clips), clips.kind
+    states = np.fromfile(f"{split}/robot_states/states_0.bin", "<f4").reshape(n, 17, 25)
+    which = np.arange(n) % 2
+    states[:] = np.where(which, 1, -1)[:, None, None]
+    states[:, :9] = 0
+    states.tofile(f"{split}/robot_states/states_0.bin")
+    dtype = np.int32 if kind == "discrete" else np.float16
+    video = np.fromfile(f"{split}/videos/video_0.bin", dtype).reshape(n, *clips.shape)
+    future = (slice(None), *[slice(None)] * (len(clips.shape) - 3), 2)
+    video[future] = (which * 7).reshape(n, *[1] * (len(clips.shape) - 1)) if kind == "discrete" else (
+        np.where(which, 1, -1) * 2).reshape(n, *[1] * (len(clips.shape) - 1))
+    video.tofile(f"{split}/videos/video_0.bin")
+
+
+def test_no_validation_split_is_said_once(toy, tmp_path, capsys):
+    shutil.copytree(toy / "dv", tmp_path / "dv")
+    shutil.rmtree(tmp_path / "dv" / "val_v2.0")
+    lines = run(toy, tmp_path / "run", data=f"{tmp_path}/dv")
+    assert capsys.readouterr().out.count("no val split") == 1 and not any("val_loss" in line for line in lines)
+    assert not os.path.exists(tmp_path / "run" / "ckpt_best.pt")
+
+
+def test_what_the_validation_loss_is_set_beside(toy, tmp_path, capsys):
+    L = torch.stack([clip["video"] for clip in data.open_clips(f"{toy}/dv", "val")])
+    p = (L[:, 2] == L[:, 1]).double().mean().item()
+    run(toy, tmp_path / "masked", steps=1)
+    said = capsys.readouterr().out
+    assert "ln 64 = 4.16" in said and f"{p:.0%} of the ids" in said and f"{-p * np.log(p) - (1 - p) * np.log((1 - p) / 63):.2f}" in said
+    run(toy, tmp_path / "flow", "flow", steps=1)
+    assert "has 1 at t = 0" in capsys.readouterr().out
+
+
+def test_validation_clips_unlike_the_training_clips_are_refused(toy, tmp_path):
+    shutil.copytree(toy / "dv", tmp_path / "dv")
+    shutil.rmtree(tmp_path / "dv" / "val_v2.0")
+    shutil.copytree(toy / "cv" / "val_v2.0", tmp_path / "dv" / "val_v2.0")
+    assert "one tokenizer" in ends(training.main, *flags(toy, tmp_path / "run", data=f"{tmp_path}/dv"))
+
+
+def test_both_curves_are_drawn(toy, trained, tmp_path):
+    """Orange is in loss.png where log.jsonl has validation losses, and only there."""
+    orange = {}
+    for name in ("with", "without"):
+        os.makedirs(tmp_path / name)
+        with open(tmp_path / name / "log.jsonl", "w") as f:
+            for step in range(1, 30):
+                line = {"step": step, "loss": 1 / step, **({"val_loss": 0.5 + 1 / step} if name == "with" and step % 5 == 0 else {})}
+                print(json.dumps(line), file=f)
+        sample.save_curve(str(tmp_path / name))
+        pixels = np.asarray(Image.open(tmp_path / name / "loss.png")).astype(int)
+        orange[name] = int(((pixels[..., 0] > 200) & (pixels[..., 2] < 60)).sum())
+    assert orange["with"] > 300 and orange["without"] == 0
+
+
+def test_two_processes_validate_as_one(toy, two_processes, tmp_path):
+    """Five clips on two processes, also sharded: one of them takes a clip that does not count."""
+    for model in ("masked", "flow"):
+        one = run(toy, tmp_path / model, model, "full", steps=4, lr=1e-3, val_every=2)
+        for two in (log(two_processes / f"four_{model}"), log(two_processes / f"shard_{model}")):
+            for key in ("val_loss", "action_share"):
+                np.testing.assert_allclose([line[key] for line in one[1::2]], [line[key] for line in two[1::2]], rtol=1e-5)
+        assert read(two_processes / f"shard_{model}", "ckpt_best.pt")["step"] == 4
+
+
+# ---- number types, options, machines
+
+
+def test_the_number_type_is_the_faster_one_of_the_models_block():
+    """A block that is slow in one type is timed forward and back, on its own inputs, and left as it was."""
+    class Block(torch.nn.Module):
+        def __init__(self, slow):
+            super().__init__()
+            self.linear, self.slow, self.seen = torch.nn.Linear(4, 4), slow, []
+
+        def forward(self, x, extra):
+            y = self.linear(x) * extra
+            self.seen.append((str(y.dtype), x.requires_grad))
+            if str(y.dtype) == f"torch.{self.slow}":
+                time.sleep(0.02)
+            return y
+
+    for slow, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        block = Block(slow)
+        assert training.faster_dtype(block, torch.ones(2, 3, 4), torch.ones((), dtype=torch.bfloat16)) == other
+        assert {dtype for dtype, _ in block.seen} == {"torch.float32", "torch.bfloat16"} and all(g for _, g in block.seen)
+
+
+@both
+def test_auto_times_a_copy_of_the_first_block_on_the_first_micro_batch(toy, tmp_path, monkeypatch, model):
+    given = []
+    monkeypatch.setattr(training, "faster_dtype", lambda block, *inputs: given.append((block, inputs)) or "float32")
+    auto = run(toy, tmp_path / "a", model, dtype="auto", accum=2)
+    ((block, inputs),) = given
+    assert inputs[0].shape[0] == 2 and inputs[0].shape[2] == 24  # half of the batch, width 24
+    assert type(block) is type(MODELS[model].Model(MODELS[model].Config(**read(tmp_path / "a")["model_config"])).blocks[0])
+    assert losses(auto) == losses(run(toy, tmp_path / "b", model, accum=2)) and read(tmp_path / "a")["config"]["dtype"] == "float32"
+
+
+def test_a_gpu_without_bfloat16_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert training.faster_dtype(None, SimpleNamespace(is_cuda=True)) == "float32" and "bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model, options, word", [("flow", dict(p_drop=2.0), "--p_drop 2.0"), ("masked", dict(rho_max=-1.0), "--rho_max -1.0"),
+                                                  ("flow", dict(time_width=63), "--time_width 63"), ("masked", dict(width=36), "--width 36"),
+                                                  ("flow", dict(patch=5), "--patch 5"), ("flow", dict(drop="none"), "--drop none")])
+def test_options_that_make_no_sense_are_refused_before_any_work(tmp_path, monkeypatch, model, options, word):
+    """Without --data: the built-in robot would be drawn first."""
+    monkeypatch.setattr(training, "prepare_data", lambda *_: pytest.fail("it began to work"))
+    c = TrainConfig(model=model, variant="full", preset="tiny", out=f"{tmp_path}/run", options=options)
+    with pytest.raises(data.DataError) as e:
+        training.train(c)
+    assert str(e.value).startswith(word) and not os.listdir(tmp_path)
+
+
+def test_compiled_blocks_cannot_store_products_only(toy, tmp_path, monkeypatch):
+    sentence = ends(training.main, *flags(toy, tmp_path / "run", compile=True, checkpoint_activations="products"))
+    assert "--compile" in sentence and "--checkpoint_activations inputs" in sentence and not os.listdir(tmp_path)
+    c = config(toy, "x", preset="paper", compile=True)  # a default of the paper preset on a CPU gives way
+    training.settle(c, lambda *_: None)
+    assert c.checkpoint_activations == "inputs"
+
+
+def test_pictures_of_a_model_that_cannot_be_guided(toy, tmp_path, pictures):
+    run(toy, tmp_path, "flow", steps=1, options=dict(p_drop=0.0))
+    assert os.listdir(tmp_path / "samples")
+
+
+def test_an_epoch_count_is_said_first(toy, tmp_path, capsys):
+    run(toy, tmp_path, steps=3, batch=8, accum=2)
+    assert "12 clips, each seen 2.0 times" in capsys.readouterr().out
+
+
+def test_only_the_first_machine_holds_the_run(toy, two_processes):
+    """Two processes in folders of their own, as on two machines, each with its own copy of the data. The second never
+    has OUT, and goes on all the same; its data must be the first one's."""
+    assert losses(log(two_processes / "machine_0" / "run")) == losses(log(two_processes / "four_masked"))
+    assert os.listdir(two_processes / "machine_1") == ["data"]
+
+
+def test_other_data_on_another_machine_is_refused(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "from_rank_0", lambda x: "another" if isinstance(x, str) and len(x) == 64 else x)
+    assert "first machine" in ends(training.main, *flags(toy, tmp_path / "run"))
