@@ -19,7 +19,7 @@ import math
 import os
 import socket
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from statistics import mean
 
 import torch

@@ -384,8 +384,10 @@ def test_own_robot(tmp_path):
 
 # ---- the built-in robot
 
-def test_synth_is_the_same_for_a_seed_and_resumes(tmp_path):
-    arguments = dict(frames=400, size=16, episode=40, progress=False)
+def test_synth_is_the_same_for_a_seed_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(robot, "EPISODE", 40)
+    monkeypatch.setattr(robot, "SHARD", 320)
+    arguments = dict(frames=400, size=16, progress=False)
     a = data.synth(str(tmp_path / "a"), **arguments, splits=("train",))
     whole = tree(a)
     shutil.copytree(a, tmp_path / "b")

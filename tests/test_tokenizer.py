@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 import tokenizer as tok
-from examples import train_tokenizer as training
+from examples import robot, train_tokenizer as training
 from tokenizer import FSQ, DataError, Tokenizer, TokenizerConfig, haar, inverse_haar, load_tokenizer, patch, unpatch
 
 COSMOS = os.path.join(os.path.dirname(os.path.abspath(tok.__file__)), "..", "shared", "fixtures", "cosmos")
@@ -616,7 +616,7 @@ def test_tokens_of_the_shipped_tokenizer_survive_a_trip_through_video():
     import data
     file = os.path.join(os.path.dirname(os.path.abspath(tok.__file__)), "weights", "tokenizer_dv_tiny.pt")
     tokenizer = load_tokenizer(file)
-    video = torch.stack([torch.from_numpy(data.robot_episode(900 + i, 17)[0]) for i in range(4)])
+    video = torch.stack([torch.from_numpy(robot.robot_episode(900 + i, 17)[0]) for i in range(4)])
     with torch.no_grad():
         ids = tokenizer.encode(data.to_video(video))
         again = tokenizer.encode(data.to_video(data.to_uint8(tokenizer.decode(ids))))
@@ -928,4 +928,4 @@ def test_two_processes_train_as_one(toy, whole, tmp_path):
         torch.testing.assert_close(a["tokenizer"][key], b["tokenizer"][key], rtol=1e-3, atol=2e-4)
     done = subprocess.run([sys.executable, "tokenizer.py", "check", "--data", "no", "--tokenizer", str(tmp_path)], cwd=folder,
                           capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip().startswith("tokenizer.py: no does not exist") and "Traceback" not in done.stderr
+    assert done.returncode == 1 and done.stderr.strip().startswith("tokenizer.py: no is no folder") and "Traceback" not in done.stderr
