@@ -507,8 +507,8 @@ def add_sampling_flags(p, nargs=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 def load_fitting(file, args):
-    """-> model, tokenizer, the sampler's settings, clips and checkpoint, as the flags ask. DataError where they
-    do not fit together."""
+    """-> model, tokenizer, the sampler's settings, clips and what else the checkpoint says, as the flags ask.
+    DataError where they do not fit together."""
     model, saved = load_model(file, args.device, args.weights)
     if args.compile:
         compile_blocks(model)

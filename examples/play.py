@@ -1,18 +1,19 @@
 """Play: drive through a model's dream in a browser, beside the true world of the built-in robot.
 
-    python sample.py --ckpt weights/masked_base_tiny.pt weights/flow_full_tiny.pt --play   # then follow the address
+    python sample.py --ckpt weights/masked_base_tiny.pt weights/flow_full_tiny.pt --play
 
-`steer` makes states of the player's commands, `Game` makes frames of the states (Sec. 3.1, 3.2), and `Handler` serves
-them to assets/play.html, with the standard library alone and to this machine alone:
+`steer` makes states of the player's commands, `Game` makes frames of the states (Sec. 3.1, 3.2), and
+`Handler` serves them to assets/play.html, by the standard library alone and to this machine alone:
 
     GET  /       the page
-    POST /step   {"drive": -1..1, "turn": -1..1, "look": -1..1, "grip": 0..1} and, where there are several, "model": 0..
-                 -> {"dream": [PNG in base64], "truth": [the same] or null, "psnr": [dB] or null, "ms": milliseconds}
+    POST /step   {"drive": -1..1, "turn": -1..1, "look": -1..1, "grip": 0..1}, of several models "model": 0..
+                 -> {"dream": [PNG in base64], "truth": [PNG] or null, "psnr": [dB] or null, "ms": time}
     POST /reset  likewise, from another start; the command may be missing
 
 What is wrong gets a 4xx and a sentence in plain text, and play goes on.
 """
 import base64
+import contextlib
 import io
 import itertools
 import json
@@ -40,12 +41,12 @@ from tokenizer import DataError, psnr, reason
 STEERED = {  # joint: the command that moves it, and which way
     "LINEAR_VELOCITY": ("drive", 1), "ANGULAR_VELOCITY": ("turn", 1), "NECK_PITCH": ("look", -1),
     "LEFT_HAND_CLOSURE": ("grip", 1), "RIGHT_HAND_CLOSURE": ("grip", 1)}
-LEAST = {"drive": -1, "turn": -1, "look": -1, "grip": 0}  # of each command; 1 is forward, left, up and closed
+LEAST = {"drive": -1, "turn": -1, "look": -1, "grip": 0}  # 1, the greatest, is forward, left, up, closed
 
 def steer(state, command, model, clips):
-    """The state (A,) a frame after `state`. Joints hold and velocities go to 0, but those of STEERED go where the
-    command says: at most to two standard deviations from the training data's mean, and no faster than from the
-    mean to there in four frames, as in sample.change_actions."""
+    """The state (A,) a frame after `state`. Joints hold and velocities go to 0, but those of STEERED go where
+    the command says: at most to two standard deviations from the training data's mean, and no faster than
+    from the mean to there in four frames, as in sample.change_actions."""
     mean, std = model.standardise_actions.mean.cpu().numpy(), model.standardise_actions.std.cpu().numpy()
     goal, most = state.copy(), std / 2
     goal[velocities(clips)] = 0
@@ -73,8 +74,8 @@ class Game:
         self.side = model.config.H * tokenizer.spatial  # of a frame, in pixels
         for model, tokenizer, _, clips in players[1:]:
             if clips.path != self.clips.path or model.config.H * tokenizer.spatial != self.side:
-                raise DataError(f"--ckpt: one model dreams of {self.clips.path}, another of {clips.path} or in other "
-                                "sizes: play them one by one")
+                raise DataError(f"--ckpt names models of {self.clips.path} and of {clips.path}, or of "
+                                "several frame sizes: play them one by one")
         self.is_robot = self.clips.meta.get("robot") == "built-in" and self.clips.frame_stride == 1
 
     def reset(self, model=0, **_):
@@ -101,13 +102,14 @@ class Game:
         return robot.robot_view(self.world, arms, state, self.side)
 
     def step(self, model=0, **command):
-        """A frame later. The model dreams eight frames with the command held, and they are shown one by one; when
-        they are used up or the command changes, it dreams on from the last nine frames shown.
+        """A frame later. The model dreams eight frames with the command held, and they are shown one by one;
+        when they are used up or the command changes, it dreams on from the last nine frames shown.
 
-        To dream anew at every frame is as lively but blurs more, for every frame then passes the tokenizer eight
-        times as often: 0.5 dB less over 32 frames (README). Nothing of an old dream can serve a new one: in a window
-        that has moved by a frame, latent 0 is another frame and latent 1 eight others, so all nine are encoded;
-        and the causal decoder needs all that it computes of the past in each layer before its last two."""
+        Dreaming anew at every frame answers a command no sooner, but sends what was dreamt through the
+        tokenizer eight times as often, which blurs: over 32 frames it lost 0.5 dB (masked) and 0.8 dB (flow).
+        No part of an old dream serves a new one. In a window that has moved by a frame, latent 0 is another
+        frame and latent 1 eight others, so all nine are encoded, a tenth of the time. The decoder is causal,
+        but each future frame looks back over all of the past before the last layers."""
         if not self.ahead or (model, command) != self.held:
             self.held, self.ahead = (model, command), self.dream(model, command)
         state, frame = self.ahead.pop(0)
@@ -118,7 +120,7 @@ class Game:
         return self.shown()
 
     def dream(self, model, command):
-        """[(state, frame)] of the next eight frames. Where the free floor ends the base stops, as in robot_plan."""
+        """[(state, frame)] of the next eight frames. Where the floor ends the base stops, as in the data."""
         model, tokenizer, settings, clips = self.players[model]
         states, pose = [*self.states], self.world and self.world.pose
         for _ in range(model.layout.lengths[3]):
@@ -160,27 +162,27 @@ def demand(ok, status, sentence):
         raise Refused(status, sentence)
 
 class Handler(BaseHTTPRequestHandler):
-    """Other pages in the same browser can reach this port, too: a foreign Host, Origin or Sec-Fetch-Site is refused, and
-    so is a body that is not declared as JSON, for that a foreign page could send without asking."""
-    timeout = SILENCE
+    """Other pages in the same browser can reach this port, too: a foreign Host, Origin or Sec-Fetch-Site is
+    refused, and so is a body that is not declared as JSON, for that a foreign page could send unasked."""
+    timeout, default_request_version = SILENCE, "HTTP/1.0"
 
     def do_GET(self):
         try:
-            self.reply(200, *self.serve())
-        except DataError as e:
-            status, sentence = e.args if isinstance(e, Refused) else (500, str(e))
+            kind, text = self.serve()
+            self.reply(200, kind, text)
+        except Refused as e:
+            status, sentence = e.args
             self.reply(status, "text/plain", sentence)
-        except ConnectionError:  # the page was closed while it waited
-            pass
 
     do_POST = do_GET
 
     def serve(self):
         """-> type and text of the answer."""
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
-        origin, site = self.headers["Origin"], self.headers["Sec-Fetch-Site"]
+        origins = [None, *(f"http://{host}" for host in hosts)]
+        site = self.headers["Sec-Fetch-Site"]
         demand(self.headers["Host"] in hosts, 403, f"This game is played at http://{hosts[0]}/ alone.")
-        demand(origin in (None, *(f"http://{host}" for host in hosts)), 403, "Another page may not play here.")
+        demand(self.headers["Origin"] in origins, 403, "Another page may not play here.")
         demand(site in (None, "none", "same-origin"), 403, "Another site may not play here.")
         demand(self.path in PATHS, 404, f"There is nothing here but {', '.join(PATHS)}.")
         demand(self.command == PATHS[self.path], 405, f"{self.path} takes {PATHS[self.path]} alone.")
@@ -188,18 +190,19 @@ class Handler(BaseHTTPRequestHandler):
             with open(f"{HERE}/assets/play.html", encoding="utf-8") as f:
                 return "text/html", f.read().replace("ABOUT", json.dumps(self.server.about))
         # One thread computes for all connections, so that nothing is stepped twice at once.
-        turn = self.server.worker.submit(self.turn, self.headers["X-Player"], self.read_command())
+        player, command = self.headers["X-Player"] or "a program", self.read_command()
+        turn = self.server.worker.submit(self.turn, player, command)
         return "application/json", json.dumps(turn.result())
 
     def read_command(self):
-        """The command in the body, checked. NaN lies in no range, and true is no number."""
+        """The command in the body, checked. NaN lies in no range, and `true` is no number."""
         kind, length = self.headers.get_content_type(), self.headers["Content-Length"] or ""
         demand(kind == "application/json", 415, f"The body is {kind}: send application/json.")
         demand(re.fullmatch("[0-9]{1,9}", length), 411, "The body's length is missing: send Content-Length.")
         demand(int(length) <= 4096, 413, f"A body of {length} bytes is too long: send at most 4096.")
         try:
             command = json.loads(self.rfile.read(int(length)) or "{}")
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, OSError):  # an OSError: it does not come, or breaks off
             command = None
         demand(isinstance(command, dict), 400, f"The body is no JSON object: send {', '.join(LEAST)}.")
         last = len(self.server.game.players) - 1
@@ -227,15 +230,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status, kind, text):
         body = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", len(body))
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
-        self.wfile.write(body)
-        if status >= 400:  # a client that still sends its body would miss the answer if the connection broke now
+        with contextlib.suppress(OSError):  # the page may have been closed while it waited
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", len(body))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+            # A client that is still sending its body would miss the answer if the connection closed now.
             self.connection.shutdown(socket.SHUT_WR)
-            while self.rfile.read1(65536):
+            while status >= 400 and self.rfile.read1(65536):
                 pass
 
     def send_error(self, code, message=None, explain=None):
@@ -262,7 +266,7 @@ def play(players, seed=0, port=8000):
     server = open_server(Game(players, seed), port)
     address = f"http://127.0.0.1:{server.server_port}/"
     print(f"play at {address}, end with Ctrl-C", flush=True)
-    # A browser without a display would take over the terminal, and where there is no terminal nobody waits for one.
+    # Without a display a browser would take over the terminal; without a terminal nobody waits for one.
     display = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     if display and sys.stdout.isatty():
         webbrowser.open(address)
