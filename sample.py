@@ -4,6 +4,7 @@
     python sample.py --ckpt weights/flow_full_tiny.pt --actions turn_left  # what if the robot turned left?
     python sample.py --ckpt weights/flow_full_tiny.pt --rollout 6          # dream on from the dream itself
     python sample.py --ckpt weights/flow_full_tiny.pt --trace --steps 8    # how a frame comes about
+    python sample.py --ckpt weights/flow_full_tiny.pt --play               # drive through it, in a browser
 
 The pictures show context | truth | prediction | the same context with other actions. The heart of the file is
 `continue_video` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
@@ -321,6 +322,12 @@ def to_latents(video, tokenizer):
     batch = video[None].to(next(tokenizer.parameters()).device)
     return tokenizer.encode(to_video(batch)) if video.dtype == torch.uint8 else batch
 
+def to_frames(video, tokenizer):
+    """A clip as the reader gives it -> its frames (F, H, W, 3), uint8."""
+    if video.dtype == torch.uint8:
+        return video
+    return to_uint8(tokenizer.decode(to_latents(video, tokenizer)).cpu())[0]
+
 @torch.no_grad()
 def continue_video(model, tokenizer, past, actions, windows=1, generator=None, **settings):
     """Past latents (B, [C,] T_p, H, W), actions (B, 9 + 8 windows, A) -> frames (B, 8 windows, H, W, 3).
@@ -363,7 +370,7 @@ def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1,
         video = clips[i]["video"]
         latents = to_latents(video, tokenizer)
         past = latents.narrow(-3, 0, model.layout.T_p)
-        frames = video if clips.kind == "raw" else to_uint8(tokenizer.decode(latents).cpu())[0]
+        frames = to_frames(video, tokenizer)
         rows["context"].append(frames[:n_p])
         rows["truth"].append(frames[n_p:])
         # 3. Two dreams. The noise of a clip is its own, whichever clips are dreamt beside it.
@@ -514,8 +521,8 @@ def settings_of(saved, args=None):
         settings[SETTINGS[kind][flag]] = value
     return settings
 
-def add_sampling_flags(p):
-    p.add_argument("--ckpt", required=True, help="checkpoint made by train.py, or a file of weights/")
+def add_sampling_flags(p, nargs=None):
+    p.add_argument("--ckpt", required=True, nargs=nargs, help="a ckpt.pt by train.py, or a file of weights/")
     p.add_argument("--data", default="", help="data folder; default: the checkpoint's own")
     p.add_argument("--tokenizer", default="", help="default: the one that the checkpoint names")
     p.add_argument("--steps", type=int, help="masked: K of a latent frame; flow: the solver's steps")
@@ -527,6 +534,18 @@ def add_sampling_flags(p):
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow to begin")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+def load_fitting(file, args):
+    """-> model, tokenizer, the sampler's settings, clips and what else the checkpoint says, as the flags ask.
+    DataError where they do not fit together."""
+    model, saved = load_model(file, args.device, args.weights)
+    if args.compile:
+        compile_blocks(model)
+    settings = settings_of(saved, args)
+    tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
+    clips = validation_clips(saved, args.data)
+    check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
+    return model, tokenizer, settings, clips, saved
 
 def check_sampling_flags(args):
     """DataError for numbers that make no sense, and for a device that is not there."""
@@ -542,31 +561,35 @@ def check_sampling_flags(args):
 @command
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_sampling_flags(p)
+    add_sampling_flags(p, nargs="+")
     p.add_argument("--out", default="", help="folder; default: samples/ beside the checkpoint")
     p.add_argument("--num", type=int, default=4, help="validation clips (default 4)")
     p.add_argument("--rollout", type=int, default=1, help="windows of eight frames in a row (default 1)")
     p.add_argument("--actions", choices=ACTIONS, default="shuffled", help="of the last row (else shuffled)")
     p.add_argument("--trace", action="store_true", help="write trace.png instead: a frame, step by step")
     p.add_argument("--export", default="", metavar="FILE", help="only write FILE, what sampling needs")
+    p.add_argument("--play", action="store_true", help="serve a page to play on (of one or more --ckpt)")
+    p.add_argument("--port", type=int, default=8000, help="of that page (default 8000), 0 for any")
     args = p.parse_args(argv)
     check_sampling_flags(args)
+    [ckpt, *others] = args.ckpt
+    if others and not args.play:
+        raise DataError(f"--ckpt {others[0]} is one too many: only --play takes several")
     if args.export:
-        export(read_checkpoint(args.ckpt), args.export)
+        export(read_checkpoint(ckpt), args.export)
         print(f"wrote {args.export}: {os.path.getsize(args.export) / 1e6:.1f} MB")
         return
     # 1. The model, its tokenizer and clips, and that they fit together.
-    model, saved = load_model(args.ckpt, args.device, args.weights)
-    if args.compile:
-        compile_blocks(model)
-    config, settings = saved["config"], settings_of(saved, args)
-    tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
-    clips = validation_clips(saved, args.data)
-    check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
+    model, tokenizer, settings, clips, saved = load_fitting(ckpt, args)
+    if args.play:
+        from examples.play import play  # not above, for it takes its dreams from here
+        players = [(model, tokenizer, settings, clips), *(load_fitting(file, args)[:4] for file in others)]
+        return play(players, args.seed, args.port)
+    config = saved["config"]
     print(f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}: {args.num} clips "
           f"of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")
     # 2. The pictures go beside the checkpoint, but those of shipped weights go to out/.
-    folder, name = os.path.split(args.ckpt)
+    folder, name = os.path.split(ckpt)
     beside = f"out/samples_{name[:-3]}" if folder.endswith("weights") else os.path.join(folder, "samples")
     out = args.out or beside
     # 3. The dreams.
