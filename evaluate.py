@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt out/flow_full/ckpt.pt --json scores.json      # 64 validation clips
     torchrun --nproc_per_node=2 -- evaluate.py --ckpt out/flow_full/ckpt.pt --num 95    # the clips divided
+    python evaluate.py --ckpt out/flow_full/ckpt.pt --plan                  # does acting by its dreams work?
     python evaluate.py --sizes                                              # the eight models, counted
 
 One evaluator serves both families (Tables 1 and 2): one list of validation clips that do not overlap, and one
@@ -33,9 +34,12 @@ from tqdm import tqdm
 
 from blocks import VARIANTS, compile_blocks
 from data import FRAMES, FUTURE, JOINTS, PAST, open_clips
+from examples.robot import robot_render
 from flow_hwm import interpolate, target_velocity
-from sample import (MODELS, add_sampling_flags, change_actions, check_fit, check_sampling_flags,
-                    continue_video, load_model, load_tokenizer_for, settings_of, to_latents, validation_clips)
+from sample import (COMMANDS, MODELS, add_sampling_flags, change_actions, check_built_in, check_fit,
+                    check_sampling_flags, commanded, continue_video, distance, follow, load_model,
+                    load_tokenizer_for, plan, plan_by_model, plan_problem, settings_of, through, to_latents,
+                    validation_clips)
 from tokenizer import (PRESETS, DataError, Tokenizer, command, count_parameters, fingerprint, psnr,
                        rank_and_world, to_uint8, write_whole)
 from train import barrier, device_of, peak_gb
@@ -491,6 +495,87 @@ def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
         curves[key] = scores.reshape(-1, windows, FUTURE).mean((0, 2)).tolist()
     return {"rollout": {**curves, "clips": len(chosen)}}
 
+# ---- planning: what is a dream good for? ---------------------------------------------------------
+
+PLANS = {  # a row's key: its line in the table
+    "model": "model", "still": "do nothing", "random": "a random command",
+    "oracle": "oracle: search in the true world", "oracle_tokenizer": "oracle, through the tokenizer"}
+
+def plan_episode(model, tokenizer, seed, horizon=1, **settings):
+    """{row: (centimetres, degrees) from the goal after the commands of that row, carried out in the true
+    world}, and "seconds" of each planner. "oracle" searches as the model does, but in true frames;
+    "oracle_tokenizer" sees them through the tokenizer, the best that any model of these latents can do."""
+    problem = plan_problem(seed, horizon, model.config.W * tokenizer.spatial)
+    frames, states, goal, size = problem.frames, problem.states, problem.goal, len(problem.goal)
+
+    def true_last(tries):
+        return np.stack([follow(problem.world, future, size)[1] for future in commanded(tries, states)])
+
+    def true_through_tokenizer(tries):
+        last = []
+        for future in commanded(tries, states):
+            film = np.concatenate([frames, robot_render(future, problem.world, size)])
+            last.append(through(tokenizer, film[-FRAMES:])[-1])
+        return np.stack(last)
+
+    random = np.random.default_rng(seed).uniform(*COMMANDS, (horizon, 2))
+    planners = {
+        "model": lambda: plan_by_model(model, tokenizer, frames, states, goal, horizon, seed, **settings)[0],
+        "still": lambda: np.zeros((horizon, 2)),
+        "random": lambda: random,
+        "oracle": lambda: plan(true_last, goal, horizon, seed),
+        "oracle_tokenizer": lambda: plan(
+            true_through_tokenizer, through(tokenizer, goal[None])[0], horizon, seed)}
+    found, seconds = {}, []
+    for row in PLANS:
+        start = time.perf_counter()
+        commands = planners[row]()
+        seconds.append(time.perf_counter() - start)
+        world, _ = follow(problem.world, commanded(commands[None], states)[0])
+        found[row] = np.array(distance(world.pose, problem.pose))
+    return {**found, "seconds": np.array(seconds)}
+
+def regret(model, still, oracle, n=10_000, seed=0):
+    """Errors (episodes,) of three rows -> R = (E_model - E_oracle) / (E_still - E_oracle), where E is a mean:
+    0 for a model as good as the true world, 1 for one as good as doing nothing; and its 95 % bootstrap
+    interval over episodes, None below eight."""
+    episodes = len(model)
+    drawn = np.random.default_rng(seed).integers(episodes, size=(n, episodes))
+    drawn[0] = np.arange(episodes)
+    R = (model - oracle)[drawn].mean(1) / (still - oracle)[drawn].mean(1)
+    return float(R[0]), np.percentile(R, [2.5, 97.5]).tolist() if episodes >= 8 else None
+
+def evaluate_plans(model, tokenizer, episodes=40, horizon=1, seed=0, **settings):
+    """All numbers of planning as a dict, the keys as in --json; {} on ranks other than 0."""
+    rank, world = rank_and_world()
+    found = {}
+    for j in tqdm(range(rank, episodes, world), desc="planning", unit="episode", disable=rank > 0):
+        found[j] = plan_episode(model, tokenizer, seed + j, horizon, **settings)
+    table = gather(found)
+    if rank > 0:
+        return {}
+    out = {"episodes": episodes, "horizon": horizon, "settings": {**settings, "seed": seed}}
+    for i, quantity in enumerate(("position_cm", "heading_deg")):
+        errors = {row: table[row][:, i] for row in PLANS}
+        out[quantity] = {row: float(errors[row].mean()) for row in PLANS}
+        R, ci = regret(errors["model"], errors["still"], errors["oracle"])
+        name = quantity.split("_")[0]
+        out[f"regret_{name}"], out[f"regret_{name}_ci"] = R, ci
+    out["success"] = {row: float((table[row].max(1) < 5).mean()) for row in PLANS}
+    out["seconds"] = dict(zip(PLANS, table["seconds"].mean(0).tolist()))
+    return out
+
+def print_plans(s):
+    print(f"\n{s['episodes']} episodes, {8 * s['horizon']} frames to the goal; success: within 5 cm and 5 degrees")
+    print(f"{'':37}  cm    deg success seconds")
+    for row, label in PLANS.items():
+        print_row(label, *(s[key][row] for key in ("position_cm", "heading_deg", "success", "seconds")))
+    print("\nregret R: 0 as good as the true world, 1 as doing nothing; 95 % intervals over episodes")
+    for name in ("position", "heading"):
+        print_row(f"R of {name}", s[f"regret_{name}"], s[f"regret_{name}_ci"])
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
 def sizes():
     """Parameters of the eight models at the paper preset, in billions, counted from the real modules on the
     meta device (shapes without memory). Flow includes its tokenizer, as Table 2 does."""
@@ -585,6 +670,15 @@ def run(args):
         compile_blocks(model)
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
 
+    settings, config = settings_of(saved, args), saved["config"]
+    about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}:"
+    out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
+           "device": args.device}
+    if args.plan:
+        check_built_in(saved)
+        say(f"{about} {args.episodes} episodes, {json.dumps(settings)}, seed {args.seed}")
+        return out | evaluate_plans(model, tokenizer, args.episodes, args.horizon, args.seed, **settings)
+
     # 2. Clips and Inception. Rank 0 goes first: it draws the built-in robot and fetches Inception if need be.
     if rank > 0:
         barrier()
@@ -599,11 +693,8 @@ def run(args):
     check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
 
     # 3. The scores.
-    settings, config = settings_of(saved, args), saved["config"]
-    say(f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}: {args.num} clips of "
-        f"{clips.path}, {json.dumps(settings)}, seed {args.seed}")
-    out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
-           "device": args.device, "fid_features": features}
+    say(f"{about} {args.num} clips of {clips.path}, {json.dumps(settings)}, seed {args.seed}")
+    out["fid_features"] = features
     out |= evaluate(model, tokenizer, clips, args.num, args.seed, net, **settings)
     if args.windows:
         out |= rollout(model, tokenizer, clips, args.windows, args.seed, say, **settings)
@@ -626,12 +717,15 @@ def main(argv=None):
         p.add_argument("--inception", default="", metavar="FILE", help="Inception-v3 weights for FID, or: "
                        "random; default: torch hub's cache, else a download")
         p.add_argument("--no_fid", action="store_true", help="leave FID and KID out")
+        p.add_argument("--plan", action="store_true", help="only plan: drive the built-in robot to goals")
+        p.add_argument("--episodes", type=int, default=40, help="of --plan (default 40)")
+        p.add_argument("--horizon", type=int, default=1, help="of --plan: windows of eight frames (default 1)")
     args = p.parse_args(argv)
     if os.path.isdir(args.json):  # said before the work, not after it
         raise DataError(f"--json {args.json} is a folder: give a file")
     out = sizes() if args.sizes else run(args)
     if rank_and_world()[0] == 0:
-        (print_sizes if args.sizes else print_scores)(out)
+        (print_sizes if args.sizes else print_plans if args.plan else print_scores)(out)
         if args.json:
             write_whole(args.json, lambda file: Path(file).write_text(json.dumps(out, indent=1)))
             print(f"wrote {args.json}")

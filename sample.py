@@ -4,6 +4,7 @@
     python sample.py --ckpt weights/flow_full_tiny.pt --actions turn_left  # what if the robot turned left?
     python sample.py --ckpt weights/flow_full_tiny.pt --rollout 6          # dream on from the dream itself
     python sample.py --ckpt weights/flow_full_tiny.pt --trace --steps 8    # how a frame comes about
+    python sample.py --ckpt weights/flow_full_tiny.pt --plan --num 3       # drive to where a picture was taken
 
 The pictures show context | truth | prediction | the same context with other actions. The heart of the file is
 `continue_video` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
@@ -11,13 +12,14 @@ sampler and the tokenizer's decoder and become frames (B, 8, H, W, 3), uint8. Be
 which train.py saves and resumes by the functions here, and the actions; after it stand the pictures.
 """
 import argparse
+import copy
 import functools
 import json
 import math
 import os
 import re
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from glob import escape, glob
 
 import numpy as np
@@ -29,7 +31,8 @@ from PIL import Image, ImageDraw
 import flow_hwm
 import masked_hwm
 from blocks import compile_blocks
-from data import HERE, JOINTS, PAST, ROBOT, open_clips, synth
+from data import FUTURE, HERE, JOINTS, PAST, ROBOT, open_clips, synth
+from examples import robot
 from tokenizer import (DataError, command, fingerprint, load_tokenizer, rank_and_world, to_uint8, to_video,
                        write_whole)
 
@@ -371,6 +374,127 @@ def trace(model, tokenizer, clips, num=4, seed=0, **settings):
         strips.append(strip)
     return np.array(strips)
 
+# ---- planning ------------------------------------------------------------------------------------
+
+COMMANDS = np.array([(-0.25, -0.5), (0.35, 0.5)])  # least and greatest drive (m/s) and turn (radians/s)
+ROUNDS, TRIES, ELITE = 3, 24, 6  # of the cross-entropy method
+FIRST_PROBLEM = 3_000_000_000  # a seed above those of all recordings
+
+@dataclass
+class Problem:
+    """A start in the true world of the built-in robot, and a goal. A planner sees the first three alone."""
+    frames: np.ndarray  # the past (9, H, W, 3), uint8,
+    states: np.ndarray  # its actions (9, 25),
+    goal: np.ndarray  # and what is seen at the goal (H, W, 3), uint8
+    world: robot.RobotWorld  # the true world after the past
+    pose: np.ndarray  # the base at the goal
+
+def commanded(commands, states):
+    """Commands (n, horizon, 2) of drive and turn, each for eight frames -> what follows the past `states`:
+    (n, 8 horizon, 25) float32. As in `change_actions`, the base starts from rest and ramps to its command
+    within four frames; all other joints hold still."""
+    commands = np.pad(commands, ((0, 0), (1, 0), (0, 0)))[:, :, None]  # at first, rest
+    ramp = np.linspace(0.25, 2, FUTURE).clip(max=1)[:, None]
+    before, now = commands[:, :-1], commands[:, 1:]
+    velocity = before + ramp * (now - before)  # (n, horizon, 8, 2)
+    n, horizon, *_ = velocity.shape
+    future = np.tile(states[-1], (n, horizon * FUTURE, 1))
+    future[:, :, [robot.DRIVE, robot.TURN]] = velocity.reshape(n, -1, 2)
+    return future
+
+def follow(world, states, size=0):
+    """-> the true world after `states` (n, 25), as a copy, and the frame that is then seen."""
+    world = copy.deepcopy(world)
+    for state in states:
+        arms = robot.robot_step(world, state)
+    return world, robot.robot_view(world, arms, state, size) if size else None
+
+def distance(pose, goal):
+    """From one pose of the base to another: (centimetres, degrees)."""
+    turned = math.remainder(pose[2] - goal[2], 2 * math.pi)
+    return 100 * math.dist(pose[:2], goal[:2]), abs(math.degrees(turned))
+
+def plan_problem(seed, horizon=1, size=64):
+    """The problem of this seed: four seconds of motion, then hidden commands that lead to the goal. They are
+    drawn again while the goal lies within 5 cm and 5 degrees of the start, or where the floor ends."""
+    rng = np.random.default_rng(FIRST_PROBLEM + seed)
+    world = robot.robot_world(rng)
+    states = robot.robot_plan(rng, world, 40)
+    world, _ = follow(world, states[:-PAST])
+    frames, states = robot.robot_render(states[-PAST:], world, size), states[-PAST:]
+    world, _ = follow(world, states)
+    near = floor = True
+    while near or not floor:
+        hidden = commanded(rng.uniform(*COMMANDS, (1, horizon, 2)), states)[0]
+        there, goal = follow(world, hidden, size)
+        near = max(distance(world.pose, there.pose)) < 5
+        floor = robot.is_free_floor(*there.pose[:2])
+    return Problem(frames, states, goal, world, there.pose)
+
+def plan(imagine, goal, horizon=1, seed=0):
+    """The cross-entropy method: the commands (horizon, 2) that lead to the image `goal` (H, W, 3). imagine:
+    commands (n, horizon, 2) -> the last frame after each of them (n, H, W, 3). What is small is the mean
+    square of pixel differences. The first try is rest, which wins where all look the same."""
+    rng = np.random.default_rng(seed)
+    tries = rng.uniform(*COMMANDS, (TRIES, horizon, 2))
+    tries[0] = 0
+    seen, errors = [], []
+    for _ in range(ROUNDS):
+        difference = np.float32(imagine(tries)) - goal
+        seen.extend(tries)
+        errors.extend(np.square(difference).mean((1, 2, 3)))
+        elite = np.array(seen)[np.argsort(errors, kind="stable")[:ELITE]]
+        tries = rng.normal(elite.mean(0), elite.std(0), (TRIES, horizon, 2)).clip(*COMMANDS)
+    return elite[0]
+
+def dreamer(model, tokenizer, frames, states, seed=0, **settings):
+    """-> imagine: commands (n, horizon, 2) -> the frames (n, 8 horizon, H, W, 3) that the model dreams after
+    past frames and states. All dreams share their noise."""
+    past = to_latents(torch.from_numpy(frames), tokenizer)
+
+    def imagine(commands):
+        future = torch.from_numpy(commanded(commands, states))
+        n, windows = commands.shape[:2]
+        actions = torch.cat([torch.from_numpy(states).expand(n, -1, -1), future], dim=1)
+        copies = past.expand(n, *past.shape[1:])
+        noise = torch.Generator().manual_seed(seed)
+        return continue_video(model, tokenizer, copies, actions, windows, noise, same_noise=True, **settings)
+    return imagine
+
+@torch.no_grad()
+def through(tokenizer, frames):
+    """Frames (n, H, W, 3) uint8 as they leave the tokenizer, as an array."""
+    latents = to_latents(torch.from_numpy(frames), tokenizer)
+    return to_uint8(tokenizer.decode(latents).cpu())[0].numpy()
+
+def plan_by_model(model, tokenizer, frames, states, goal, horizon=1, seed=0, **settings):
+    """From images alone -> the commands (horizon, 2), and the frames (8 horizon, H, W, 3) dreamt of them."""
+    imagine = dreamer(model, tokenizer, frames, states, seed, **settings)
+    goal = through(tokenizer, goal[None])[0]
+    commands = plan(lambda tries: imagine(tries)[:, -1], goal, horizon, seed)
+    return commands, imagine(commands[None])[0].numpy()
+
+def check_built_in(saved):
+    """DataError where the true world of the checkpoint's robot is not known."""
+    if "built_in" not in saved["data"]:
+        raise DataError(f"--plan needs a true world to act in, that of the built-in robot, but the checkpoint "
+                        f"was trained on {saved['data'].get('path')}: give one trained without --data")
+
+def plan_pictures(model, tokenizer, num=3, horizon=1, seed=0, **settings):
+    """The rows of a picture: {"start" (num, 9, H, W, 3), "goal", "the plan" as dreamt, "what happened"}."""
+    rows = {"start": [], "goal": [], "the plan": [], "what happened": []}
+    for i in range(seed, seed + num):
+        p = plan_problem(i, horizon, model.config.W * tokenizer.spatial)
+        commands, dreamt = plan_by_model(model, tokenizer, p.frames, p.states, p.goal, horizon, i, **settings)
+        future = commanded(commands[None], p.states)[0]
+        happened = robot.robot_render(future, p.world, len(p.goal))
+        world, _ = follow(p.world, future)
+        print("problem {}: still {:.1f} cm and {:.1f} degrees from the goal, planned {:.1f} and {:.1f}".format(
+            i, *distance(p.world.pose, p.pose), *distance(world.pose, p.pose)))
+        for row, frames in zip(rows.values(), (p.frames, p.goal[None], dreamt, happened)):
+            row.append(frames)
+    return {row: np.stack(films) for row, films in rows.items()}
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 LEAST, GAP, TOP, LEFT = 128, 4, 14, 90  # pixels: least width of a picture, gaps, labels above and beside
@@ -501,7 +625,7 @@ def add_sampling_flags(p):
 
 def check_sampling_flags(args):
     """DataError for numbers that make no sense, and for a device that is not there."""
-    for name, low in {"steps": 1, "num": 1, "rollout": 1, "seed": 0, "temperature": 0, "cfg": 0}.items():
+    for name, low in {"steps": 1, "num": 1, "rollout": 1, "horizon": 1, "episodes": 1, "seed": 0, "temperature": 0, "cfg": 0}.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value < math.inf:
             raise DataError(f"--{name} {value} makes no sense: give at least {low}")
@@ -518,6 +642,8 @@ def main(argv=None):
     p.add_argument("--num", type=int, default=4, help="validation clips (default 4)")
     p.add_argument("--rollout", type=int, default=1, help="windows of eight frames in a row (default 1)")
     p.add_argument("--actions", choices=ACTIONS, default="shuffled", help="of the last row (else shuffled)")
+    p.add_argument("--plan", action="store_true", help="write plan.gif and plan.png instead: drive to a goal")
+    p.add_argument("--horizon", type=int, default=1, help="of --plan: windows of eight frames (default 1)")
     p.add_argument("--trace", action="store_true", help="write trace.png instead: a frame, step by step")
     p.add_argument("--export", default="", metavar="FILE", help="only write FILE, what sampling needs")
     args = p.parse_args(argv)
@@ -532,16 +658,25 @@ def main(argv=None):
         compile_blocks(model)
     config, settings = saved["config"], settings_of(saved, args)
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
-    clips = validation_clips(saved, args.data)
-    check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
-    print(f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}: {args.num} clips "
-          f"of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")
+    about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}: {args.num}"
+    if args.plan:
+        check_built_in(saved)
+        print(f"{about} problems of planning, {json.dumps(settings)}")
+    else:
+        clips = validation_clips(saved, args.data)
+        check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
+        print(f"{about} clips of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")
     # 2. The pictures go beside the checkpoint, but those of shipped weights go to out/.
     folder, name = os.path.split(args.ckpt)
     beside = f"out/samples_{name[:-3]}" if folder.endswith("weights") else os.path.join(folder, "samples")
     out = args.out or beside
     # 3. The dreams.
-    if args.trace:
+    if args.plan:
+        rows = plan_pictures(model, tokenizer, args.num, args.horizon, args.seed, **settings)
+        save_gif(rows, f"{out}/plan.gif")
+        save_png(rows, f"{out}/plan.png")
+        print(f"wrote {out}/plan.gif and {out}/plan.png")
+    elif args.trace:
         strips = trace(model, tokenizer, clips, args.num, args.seed, **settings)
         save_trace(strips, f"{out}/trace.png", flow=tokenizer.kind == "continuous")
         print(f"wrote {out}/trace.png")
