@@ -19,7 +19,7 @@ import math
 import os
 import re
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from glob import escape, glob
 
 import numpy as np
@@ -378,121 +378,110 @@ def trace(model, tokenizer, clips, num=4, seed=0, **settings):
 
 COMMANDS = np.array([(-0.25, -0.5), (0.35, 0.5)])  # least and greatest drive (m/s) and turn (radians/s)
 ROUNDS, TRIES, ELITE = 3, 24, 6  # of the cross-entropy method
-FIRST_PROBLEM = 3_000_000_000  # a seed above those of all recordings
-
-@dataclass
-class Problem:
-    """A start in the true world of the built-in robot, and a goal. A planner sees the first three alone."""
-    frames: np.ndarray  # the past (9, H, W, 3), uint8,
-    states: np.ndarray  # its actions (9, 25),
-    goal: np.ndarray  # and what is seen at the goal (H, W, 3), uint8
-    world: robot.RobotWorld  # the true world after the past
-    pose: np.ndarray  # the base at the goal
+FIRST_PROBLEM = 3_000_000_000  # as a seed, it lies above those of all recordings
 
 def commanded(commands, states):
-    """Commands (n, horizon, 2) of drive and turn, each for eight frames -> what follows the past `states`:
-    (n, 8 horizon, 25) float32. As in `change_actions`, the base starts from rest and ramps to its command
-    within four frames; all other joints hold still."""
-    commands = np.pad(commands, ((0, 0), (1, 0), (0, 0)))[:, :, None]  # at first, rest
+    """Commands (n, horizon, 2) of drive and turn, each for eight frames -> the states (n, 8 horizon, 25) that
+    follow the past `states` (9, 25). As in `change_actions`, the base starts from rest and ramps to its
+    command within four frames; all other joints hold still."""
     ramp = np.linspace(0.25, 2, FUTURE).clip(max=1)[:, None]
+    n, horizon, _ = commands.shape
+    commands = np.pad(commands, ((0, 0), (1, 0), (0, 0)))[:, :, None]  # rest comes first
     before, now = commands[:, :-1], commands[:, 1:]
     velocity = before + ramp * (now - before)  # (n, horizon, 8, 2)
-    n, horizon, *_ = velocity.shape
     future = np.tile(states[-1], (n, horizon * FUTURE, 1))
     future[:, :, [robot.DRIVE, robot.TURN]] = velocity.reshape(n, -1, 2)
     return future
 
-def follow(world, states, size=0):
-    """-> the true world after `states` (n, 25), as a copy, and the frame that is then seen."""
+def follow(world, states, size=16):
+    """-> a copy of the true world after `states` (n, 25), and what is then seen (size, size, 3)."""
     world = copy.deepcopy(world)
     for state in states:
         arms = robot.robot_step(world, state)
-    return world, robot.robot_view(world, arms, state, size) if size else None
+    return world, robot.robot_view(world, arms, state, size)
 
-def distance(pose, goal):
-    """From one pose of the base to another: (centimetres, degrees)."""
-    turned = math.remainder(pose[2] - goal[2], 2 * math.pi)
-    return 100 * math.dist(pose[:2], goal[:2]), abs(math.degrees(turned))
+def distance(world, goal):
+    """Between the bases of two true worlds: (centimetres, degrees)."""
+    turned = math.remainder(world.pose[2] - goal.pose[2], 2 * math.pi)
+    return 100 * math.dist(world.pose[:2], goal.pose[:2]), abs(math.degrees(turned))
 
 def plan_problem(seed, horizon=1, size=64):
-    """The problem of this seed: four seconds of motion, then hidden commands that lead to the goal. They are
-    drawn again while the goal lies within 5 cm and 5 degrees of the start, or where the floor ends."""
+    """-> what a planner sees: nine past frames, their states and the image of the goal; and what it does not
+    see: the true worlds at the start and at the goal. Hidden commands lead from one to the other. They are
+    drawn again while the goal lies within 5 cm and 5 degrees of the start, or where the floor has ended."""
     rng = np.random.default_rng(FIRST_PROBLEM + seed)
     world = robot.robot_world(rng)
     states = robot.robot_plan(rng, world, 40)
-    world, _ = follow(world, states[:-PAST])
-    frames, states = robot.robot_render(states[-PAST:], world, size), states[-PAST:]
-    world, _ = follow(world, states)
+    before, states = states[:-PAST], states[-PAST:]
+    world, _ = follow(world, before)
+    frames = robot.robot_render(states, world, size)
+    start, _ = follow(world, states)
     near = floor = True
     while near or not floor:
-        hidden = commanded(rng.uniform(*COMMANDS, (1, horizon, 2)), states)[0]
-        there, goal = follow(world, hidden, size)
-        near = max(distance(world.pose, there.pose)) < 5
-        floor = robot.is_free_floor(*there.pose[:2])
-    return Problem(frames, states, goal, world, there.pose)
+        hidden = rng.uniform(*COMMANDS, (1, horizon, 2))
+        there, goal = follow(start, commanded(hidden, states)[0], size)
+        near, floor = max(distance(start, there)) < 5, robot.is_free_floor(*there.pose[:2])
+    return (frames, states, goal), (start, there)
 
 def plan(imagine, goal, horizon=1, seed=0):
-    """The cross-entropy method: the commands (horizon, 2) that lead to the image `goal` (H, W, 3). imagine:
-    commands (n, horizon, 2) -> the last frame after each of them (n, H, W, 3). What is small is the mean
-    square of pixel differences. The first try is rest, which wins where all look the same."""
+    """The cross-entropy method (Rubinstein, 1999) -> the commands (horizon, 2) that lead to the image `goal`.
+    imagine: commands (n, horizon, 2) -> the last frame after each (n, H, W, 3). What shall be small is the
+    mean square of the pixels' differences. The first try is rest: it wins where all look the same."""
     rng = np.random.default_rng(seed)
     tries = rng.uniform(*COMMANDS, (TRIES, horizon, 2))
     tries[0] = 0
-    seen, errors = [], []
+    tried, errors = [], []
     for _ in range(ROUNDS):
         difference = np.float32(imagine(tries)) - goal
-        seen.extend(tries)
+        tried.extend(tries)
         errors.extend(np.square(difference).mean((1, 2, 3)))
-        elite = np.array(seen)[np.argsort(errors, kind="stable")[:ELITE]]
+        best = np.argsort(errors, kind="stable")[:ELITE]  # of all rounds so far
+        elite = np.array(tried)[best]
         tries = rng.normal(elite.mean(0), elite.std(0), (TRIES, horizon, 2)).clip(*COMMANDS)
     return elite[0]
 
-def dreamer(model, tokenizer, frames, states, seed=0, **settings):
-    """-> imagine: commands (n, horizon, 2) -> the frames (n, 8 horizon, H, W, 3) that the model dreams after
-    past frames and states. All dreams share their noise."""
-    past = to_latents(torch.from_numpy(frames), tokenizer)
-
-    def imagine(commands):
-        future = torch.from_numpy(commanded(commands, states))
-        n, windows = commands.shape[:2]
-        actions = torch.cat([torch.from_numpy(states).expand(n, -1, -1), future], dim=1)
-        copies = past.expand(n, *past.shape[1:])
-        noise = torch.Generator().manual_seed(seed)
-        return continue_video(model, tokenizer, copies, actions, windows, noise, same_noise=True, **settings)
-    return imagine
-
-@torch.no_grad()
 def through(tokenizer, frames):
-    """Frames (n, H, W, 3) uint8 as they leave the tokenizer, as an array."""
+    """Frames (n, H, W, 3) uint8 as they leave the tokenizer."""
     latents = to_latents(torch.from_numpy(frames), tokenizer)
     return to_uint8(tokenizer.decode(latents).cpu())[0].numpy()
 
 def plan_by_model(model, tokenizer, frames, states, goal, horizon=1, seed=0, **settings):
-    """From images alone -> the commands (horizon, 2), and the frames (8 horizon, H, W, 3) dreamt of them."""
-    imagine = dreamer(model, tokenizer, frames, states, seed, **settings)
+    """The commands (horizon, 2) by which the model dreams itself nearest to the goal, and that dream
+    (8 horizon, H, W, 3). All dreams start from the same noise, so that they differ by their commands alone."""
+    past, known = to_latents(torch.from_numpy(frames), tokenizer), torch.from_numpy(states)
+
+    def imagine(commands):
+        future = torch.from_numpy(commanded(commands, states))
+        n = len(future)
+        actions = torch.cat([known.expand(n, -1, -1), future], dim=1)
+        noise = torch.Generator().manual_seed(seed)
+        return continue_video(model, tokenizer, past.expand(n, *past.shape[1:]), actions, horizon, noise,
+                              same_noise=True, **settings).numpy()
+
     goal = through(tokenizer, goal[None])[0]
     commands = plan(lambda tries: imagine(tries)[:, -1], goal, horizon, seed)
-    return commands, imagine(commands[None])[0].numpy()
+    return commands, imagine(commands[None])[0]
 
 def check_built_in(saved):
     """DataError where the true world of the checkpoint's robot is not known."""
     if "built_in" not in saved["data"]:
-        raise DataError(f"--plan needs a true world to act in, that of the built-in robot, but the checkpoint "
-                        f"was trained on {saved['data'].get('path')}: give one trained without --data")
+        raise DataError("--plan acts in the true world of the built-in robot, but the checkpoint was trained "
+                        f"on {saved['data'].get('path')}: give one that was trained without --data")
 
-def plan_pictures(model, tokenizer, num=3, horizon=1, seed=0, **settings):
-    """The rows of a picture: {"start" (num, 9, H, W, 3), "goal", "the plan" as dreamt, "what happened"}."""
-    rows = {"start": [], "goal": [], "the plan": [], "what happened": []}
+def plan_rows(model, tokenizer, num=3, horizon=1, seed=0, **settings):
+    """`num` problems as the rows of a picture: {"start": (num, 9, H, W, 3), "goal", "the plan", "the truth"}."""
+    rows = {"start": [], "goal": [], "the plan": [], "the truth": []}
     for i in range(seed, seed + num):
-        p = plan_problem(i, horizon, model.config.W * tokenizer.spatial)
-        commands, dreamt = plan_by_model(model, tokenizer, p.frames, p.states, p.goal, horizon, i, **settings)
-        future = commanded(commands[None], p.states)[0]
-        happened = robot.robot_render(future, p.world, len(p.goal))
-        world, _ = follow(p.world, future)
-        print("problem {}: still {:.1f} cm and {:.1f} degrees from the goal, planned {:.1f} and {:.1f}".format(
-            i, *distance(p.world.pose, p.pose), *distance(world.pose, p.pose)))
-        for row, frames in zip(rows.values(), (p.frames, p.goal[None], dreamt, happened)):
-            row.append(frames)
+        seen, (start, there) = plan_problem(i, horizon, model.config.W * tokenizer.spatial)
+        frames, states, goal = seen
+        commands, dreamt = plan_by_model(model, tokenizer, *seen, horizon, i, **settings)
+        future = commanded(commands[None], states)[0]
+        end, _ = follow(start, future)
+        print("problem {}: {:.1f} cm and {:.1f} degrees from the goal, after the plan {:.1f} and {:.1f}".format(
+            i, *distance(start, there), *distance(end, there)))
+        happened = robot.robot_render(future, start, len(goal))
+        for row, film in zip(rows.values(), (frames, goal[None], dreamt, happened)):
+            row.append(film)
     return {row: np.stack(films) for row, films in rows.items()}
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -672,7 +661,7 @@ def main(argv=None):
     out = args.out or beside
     # 3. The dreams.
     if args.plan:
-        rows = plan_pictures(model, tokenizer, args.num, args.horizon, args.seed, **settings)
+        rows = plan_rows(model, tokenizer, args.num, args.horizon, args.seed, **settings)
         save_gif(rows, f"{out}/plan.gif")
         save_png(rows, f"{out}/plan.png")
         print(f"wrote {out}/plan.gif and {out}/plan.png")
