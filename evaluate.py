@@ -496,7 +496,7 @@ def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
 PLANS = {  # a row's key: its line in the table
     "model": "model", "still": "do nothing", "random": "a random command",
     "oracle": "oracle: searches in the true world",  # as the model searches in its dreams
-    "oracle_tokenizer": "oracle behind the tokenizer"}  # no model of these latents can be expected to do better
+    "oracle_tokenizer": "oracle behind the tokenizer"}  # no model of these latents should do better
 
 def plan_episode(model, tokenizer, seed, horizon=1, **settings):
     """{row of PLANS: (centimetres, degrees) from the goal once its commands were carried out in the true
@@ -529,10 +529,13 @@ def plan_episode(model, tokenizer, seed, horizon=1, **settings):
 def regret(model, still, oracle, n=10_000, seed=0):
     """Errors (episodes,) of three rows -> R = (E_model - E_oracle) / (E_still - E_oracle), E being means, and
     its 95 % bootstrap interval over episodes (None below eight). R is 0 for a model that serves as well as
-    the true world, and 1 for one that serves no better than doing nothing."""
+    the true world, and 1 for one that serves no better than doing nothing; None where that is all the same."""
     drawn = np.random.default_rng(seed).integers(len(model), size=(n, len(model)))
     drawn[0] = range(len(model))
-    R = (model - oracle)[drawn].mean(1) / (still - oracle)[drawn].mean(1)
+    lost, possible = (model - oracle)[drawn].mean(1), (still - oracle)[drawn].mean(1)
+    if possible[0] == 0:
+        return None, None
+    R = lost[possible != 0] / possible[possible != 0]
     return float(R[0]), np.percentile(R, [2.5, 97.5]).tolist() if len(model) >= 8 else None
 
 def evaluate_plans(model, tokenizer, episodes=40, horizon=1, seed=0, **settings):
@@ -552,8 +555,8 @@ def evaluate_plans(model, tokenizer, episodes=40, horizon=1, seed=0, **settings)
     return out
 
 def print_plans(s):
-    print(f"\n{s['episodes']} episodes, goals {FUTURE * s['horizon']} frames away; mean errors, and how often "
-          f"they were below 5 cm and 5 degrees\n{'':37}  cm degrees success")
+    print(f"\n{s['episodes']} episodes, goals {FUTURE * s['horizon']} frames away; mean errors, and how "
+          f"often they were below 5 cm and 5 degrees\n{'':37}  cm degrees success")
     for row, label in PLANS.items():
         print_row(label, s["position_cm"][row], s["heading_deg"][row], s["success"][row])
     print("regret, 0: as good as the true world, 1: as doing nothing; with 95 % intervals over episodes")
@@ -701,7 +704,7 @@ def main(argv=None):
                        "random; default: torch hub's cache, else a download")
         p.add_argument("--no_fid", action="store_true", help="leave FID and KID out")
         p.add_argument("--episodes", type=int, default=40, help="of --plan (default 40)")
-        p.add_argument("--horizon", type=int, default=1, help="of --plan: windows of eight frames (default 1)")
+        p.add_argument("--horizon", type=int, default=1, help="of --plan: windows (default 1)")
     args = p.parse_args(argv)
     if os.path.isdir(args.json):  # said before the work, not after it
         raise DataError(f"--json {args.json} is a folder: give a file")

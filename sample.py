@@ -4,7 +4,7 @@
     python sample.py --ckpt weights/flow_full_tiny.pt --actions turn_left  # what if the robot turned left?
     python sample.py --ckpt weights/flow_full_tiny.pt --rollout 6          # dream on from the dream itself
     python sample.py --ckpt weights/flow_full_tiny.pt --trace --steps 8    # how a frame comes about
-    python sample.py --ckpt weights/flow_full_tiny.pt --plan --num 3       # drive to where a picture was taken
+    python sample.py --ckpt weights/flow_full_tiny.pt --plan --num 3       # drive to where an image was taken
 
 The pictures show context | truth | prediction | the same context with other actions. The heart of the file is
 `continue_video` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
@@ -447,7 +447,7 @@ def through(tokenizer, frames):
 
 def plan_by_model(model, tokenizer, frames, states, goal, horizon=1, seed=0, **settings):
     """The commands (horizon, 2) by which the model dreams itself nearest to the goal, and that dream
-    (8 horizon, H, W, 3). All dreams start from the same noise, so that they differ by their commands alone."""
+    (8 horizon, H, W, 3). All dreams have the same noise, so that they differ by their commands alone."""
     past, known = to_latents(torch.from_numpy(frames), tokenizer), torch.from_numpy(states)
 
     def imagine(commands):
@@ -469,7 +469,8 @@ def check_built_in(saved):
                         f"on {saved['data'].get('path')}: give one that was trained without --data")
 
 def plan_rows(model, tokenizer, num=3, horizon=1, seed=0, **settings):
-    """`num` problems as the rows of a picture: {"start": (num, 9, H, W, 3), "goal", "the plan", "the truth"}."""
+    """`num` problems -> the rows of a picture: {"start": (num, 9, H, W, 3), "goal": .., "the plan": as it was
+    dreamt, "the truth": what came of it}."""
     rows = {"start": [], "goal": [], "the plan": [], "the truth": []}
     for i in range(seed, seed + num):
         seen, (start, there) = plan_problem(i, horizon, model.config.W * tokenizer.spatial)
@@ -477,7 +478,7 @@ def plan_rows(model, tokenizer, num=3, horizon=1, seed=0, **settings):
         commands, dreamt = plan_by_model(model, tokenizer, *seen, horizon, i, **settings)
         future = commanded(commands[None], states)[0]
         end, _ = follow(start, future)
-        print("problem {}: {:.1f} cm and {:.1f} degrees from the goal, after the plan {:.1f} and {:.1f}".format(
+        print("problem {}: from the goal {:.1f} cm and {:.1f} degrees, after the plan {:.1f} and {:.1f}".format(
             i, *distance(start, there), *distance(end, there)))
         happened = robot.robot_render(future, start, len(goal))
         for row, film in zip(rows.values(), (frames, goal[None], dreamt, happened)):
@@ -614,7 +615,9 @@ def add_sampling_flags(p):
 
 def check_sampling_flags(args):
     """DataError for numbers that make no sense, and for a device that is not there."""
-    for name, low in {"steps": 1, "num": 1, "rollout": 1, "horizon": 1, "episodes": 1, "seed": 0, "temperature": 0, "cfg": 0}.items():
+    least = {"steps": 1, "num": 1, "rollout": 1, "horizon": 1, "episodes": 1, "seed": 0, "temperature": 0,
+             "cfg": 0}
+    for name, low in least.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value < math.inf:
             raise DataError(f"--{name} {value} makes no sense: give at least {low}")
