@@ -508,13 +508,12 @@ def plan_episode(model, tokenizer, seed, horizon=1, **settings):
         return np.stack([follow(start, future, len(goal))[1] for future in commanded(tries, states)])
 
     def true_last_through_tokenizer(tries):
-        last = []
+        films = []
         for future in commanded(tries, states):
-            film = np.concatenate([frames, robot_render(future, start, len(goal))])
-            last.append(through(tokenizer, film[-FRAMES:])[-1])  # of the last window
-        return np.stack(last)
+            films.append([*frames, *robot_render(future, start, len(goal))][-FRAMES:])  # the last window
+        return through(tokenizer, np.array(films))[:, -1]
 
-    goal_through = through(tokenizer, goal[None])[0]
+    goal_through = through(tokenizer, goal[None, None])[0, 0]
     chosen = {"model": plan_by_model(model, tokenizer, *seen, horizon, seed, **settings)[0],
               "still": np.zeros((horizon, 2)),
               "random": np.random.default_rng(seed).uniform(*COMMANDS, (horizon, 2)),
@@ -539,7 +538,7 @@ def regret(model, still, oracle, n=10_000, seed=0):
     return float(R[0]), np.percentile(R, [2.5, 97.5]).tolist() if len(model) >= 8 else None
 
 def evaluate_plans(model, tokenizer, episodes=40, horizon=1, seed=0, **settings):
-    """All numbers of planning as a dict, the keys as in --json; {} on ranks other than 0."""
+    """All numbers of planning as a dict, the keys as in --json. The episodes are divided among the ranks."""
     rank, world = rank_and_world()
     found = {}
     for j in tqdm(range(rank, episodes, world), desc="planning", unit="episode", disable=rank > 0):
@@ -656,7 +655,6 @@ def run(args):
     if args.compile:
         compile_blocks(model)
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
-
     settings, config = settings_of(saved, args), saved["config"]
     about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}:"
     out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],

@@ -440,10 +440,11 @@ def plan(imagine, goal, horizon=1, seed=0):
         tries = rng.normal(elite.mean(0), elite.std(0), (TRIES, horizon, 2)).clip(*COMMANDS)
     return elite[0]
 
-def through(tokenizer, frames):
-    """Frames (n, H, W, 3) uint8 as they leave the tokenizer."""
-    latents = to_latents(torch.from_numpy(frames), tokenizer)
-    return to_uint8(tokenizer.decode(latents).cpu())[0].numpy()
+def through(tokenizer, films):
+    """Films (n, F, H, W, 3) uint8 as they leave the tokenizer."""
+    films = torch.from_numpy(films).to(next(tokenizer.parameters()).device)
+    latents = tokenizer.encode(to_video(films))
+    return to_uint8(tokenizer.decode(latents).cpu()).numpy()
 
 def plan_by_model(model, tokenizer, frames, states, goal, horizon=1, seed=0, **settings):
     """The commands (horizon, 2) by which the model dreams itself nearest to the goal, and that dream
@@ -458,7 +459,7 @@ def plan_by_model(model, tokenizer, frames, states, goal, horizon=1, seed=0, **s
         return continue_video(model, tokenizer, past.expand(n, *past.shape[1:]), actions, horizon, noise,
                               same_noise=True, **settings).numpy()
 
-    goal = through(tokenizer, goal[None])[0]
+    goal = through(tokenizer, goal[None, None])[0, 0]
     commands = plan(lambda tries: imagine(tries)[:, -1], goal, horizon, seed)
     return commands, imagine(commands[None])[0]
 

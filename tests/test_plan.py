@@ -278,3 +278,17 @@ def test_another_robot_is_refused_in_a_sentence(module, tmp_path, toy):
 def test_numbers_that_make_no_sense(flags, tmp_path, toy):
     with pytest.raises(SystemExit, match="makes no sense"):
         evaluate.main(["--ckpt", checkpoint(tmp_path, toy), "--plan", "--device", "cpu", *flags])
+
+
+def test_under_torchrun_each_episode_is_planned_once(monkeypatch):
+    planned = []
+
+    def gather(found):
+        return {row: np.ones((4, 2)) * (row == "still") for row in evaluate.PLANS}
+
+    monkeypatch.setattr(evaluate, "plan_episode", lambda model, tokenizer, seed, horizon: planned.append(seed))
+    monkeypatch.setattr(evaluate, "gather", gather)
+    for rank in (0, 1):
+        monkeypatch.setattr(evaluate, "rank_and_world", lambda: (rank, 2))
+        evaluate.evaluate_plans(None, None, 5, seed=10)
+    assert sorted(planned) == [10, 11, 12, 13, 14]
