@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt out/flow_full/ckpt.pt --json scores.json      # 64 validation clips
     torchrun --nproc_per_node=2 -- evaluate.py --ckpt out/flow_full/ckpt.pt --num 95    # the clips divided
+    python evaluate.py --ckpt out/flow_full/ckpt.pt --plan                  # does acting by its dreams work?
     python evaluate.py --sizes                                              # the eight models, counted
 
 One evaluator serves both families (Tables 1 and 2): one list of validation clips that do not overlap, and one
@@ -33,9 +34,12 @@ from tqdm import tqdm
 
 from blocks import VARIANTS, compile_blocks
 from data import FRAMES, FUTURE, JOINTS, PAST, open_clips
+from examples.robot import robot_render
 from flow_hwm import interpolate, target_velocity
-from sample import (MODELS, add_sampling_flags, change_actions, check_fit, check_sampling_flags,
-                    continue_video, load_model, load_tokenizer_for, settings_of, to_latents, validation_clips)
+from sample import (COMMANDS, MODELS, add_sampling_flags, change_actions, check_built_in, check_fit,
+                    check_sampling_flags, commanded, continue_video, distance, follow, load_model,
+                    load_tokenizer_for, plan, plan_by_model, plan_problem, settings_of, spread, through,
+                    to_latents, validation_clips)
 from tokenizer import (PRESETS, DataError, Tokenizer, command, count_parameters, fingerprint, psnr,
                        rank_and_world, to_uint8, write_whole)
 from train import barrier, device_of, peak_gb
@@ -250,10 +254,6 @@ def set_scores(features, recordings, seed=0, n_halves=50):
 
 # ---- what is scored ------------------------------------------------------------------------------
 
-def spread(n, num):
-    """`num` of the numbers 0 .. n - 1, from the first to the last."""
-    return np.linspace(0, n - 1, num).round().astype(int).tolist()
-
 def choose_clips(clips, num):
     """`num` clips evenly spread over those of which none overlaps another, in the order of the recording."""
     step = 1
@@ -263,7 +263,7 @@ def choose_clips(clips, num):
     if num > len(apart):
         raise DataError(f"--num {num} is more than the {len(apart)} validation clips of {clips.path} (two at "
                         "least, for one lends the other its actions): give a smaller --num")
-    return [apart[i] for i in spread(len(apart), num)]
+    return [apart[i] for i in spread(apart, num)]
 
 def clip_list(clips, chosen):
     """-> (SHA-256 of the recording, first frame and stride of every chosen clip; the recordings (clips,)).
@@ -482,7 +482,7 @@ def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
         return {}
     opened, found = clips.meta.get("opened", {}), {}
     clips = open_clips(clips.path, "val", frames, None, clips.size, clips.frame_stride, **opened)
-    chosen = spread(len(clips), min(len(clips), 16))
+    chosen = spread(clips, min(len(clips), 16))
     for j in tqdm(range(rank, len(chosen), world), desc="rollouts", unit="clip", disable=rank > 0):
         clip = clips[chosen[j]]
         shown, _ = dream_clip(model, tokenizer, clip, {"prediction": clip["actions"]}, seed, **settings)
@@ -491,6 +491,77 @@ def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
     for key, scores in gather(found).items():
         curves[key] = scores.reshape(-1, windows, FUTURE).mean((0, 2)).tolist()
     return {"rollout": {**curves, "clips": len(chosen)}}
+
+# ---- planning: what is a dream good for? ---------------------------------------------------------
+
+PLANS = {  # a row's key: its line in the table
+    "model": "model", "still": "do nothing", "random": "a random command",
+    "oracle": "oracle: searches in the true world",  # as the model searches in its dreams
+    "oracle_tokenizer": "oracle behind the tokenizer"}  # no model of these latents should do better
+
+def plan_episode(model, tokenizer, seed, horizon=1, **settings):
+    """{row of PLANS: (centimetres, degrees) from the goal once its commands were carried out in the true
+    world}. All that search do so with the same tries."""
+    seen, (start, there) = plan_problem(seed, horizon, model.config.W * tokenizer.spatial)
+    frames, states, goal = seen
+
+    def true_last(tries):
+        return np.stack([follow(start, future, len(goal))[1] for future in commanded(tries, states)])
+
+    def true_last_through_tokenizer(tries):
+        films = []
+        for future in commanded(tries, states):
+            films.append([*frames, *robot_render(future, start, len(goal))][-FRAMES:])  # the last window
+        return through(tokenizer, np.array(films))[:, -1]
+
+    goal_through = through(tokenizer, goal[None, None])[0, 0]
+    chosen = {"model": plan_by_model(model, tokenizer, *seen, horizon, seed, **settings)[0],
+              "still": np.zeros((horizon, 2)),
+              "random": np.random.default_rng(seed).uniform(*COMMANDS, (horizon, 2)),
+              "oracle": plan(true_last, goal, horizon, seed),
+              "oracle_tokenizer": plan(true_last_through_tokenizer, goal_through, horizon, seed)}
+    errors = {}
+    for row, commands in chosen.items():
+        end, _ = follow(start, commanded(commands[None], states)[0])
+        errors[row] = np.array(distance(end, there))
+    return errors
+
+def regret(model, still, oracle, n=10_000, seed=0):
+    """Errors (episodes,) of three rows -> R = (E_model - E_oracle) / (E_still - E_oracle), E being means, and
+    its 95 % bootstrap interval over episodes (None below eight). R is 0 for a model that serves as well as
+    the true world, and 1 for one that serves no better than doing nothing; None where that is all the same."""
+    drawn = np.random.default_rng(seed).integers(len(model), size=(n, len(model)))
+    drawn[0] = range(len(model))
+    lost, possible = (model - oracle)[drawn].mean(1), (still - oracle)[drawn].mean(1)
+    if possible[0] == 0:
+        return None, None
+    R = lost[possible != 0] / possible[possible != 0]
+    return float(R[0]), np.percentile(R, [2.5, 97.5]).tolist() if len(model) >= 8 else None
+
+def evaluate_plans(model, tokenizer, episodes=40, horizon=1, seed=0, **settings):
+    """All numbers of planning as a dict, the keys as in --json. The episodes are divided among the ranks."""
+    rank, world = rank_and_world()
+    found = {}
+    for j in tqdm(range(rank, episodes, world), desc="planning", unit="episode", disable=rank > 0):
+        found[j] = plan_episode(model, tokenizer, seed + j, horizon, **settings)
+    table = gather(found)  # {row: (episodes, 2)}
+    out = {"episodes": episodes, "horizon": horizon, "settings": {**settings, "seed": seed}}
+    for column, quantity in enumerate(("position_cm", "heading_deg")):
+        errors = {row: table[row][:, column] for row in PLANS}
+        out[quantity] = {row: float(errors[row].mean()) for row in PLANS}
+        name = f"regret_{quantity.split('_')[0]}"
+        out[name], out[f"{name}_ci"] = regret(errors["model"], errors["still"], errors["oracle"])
+    out["success"] = {row: float((table[row].max(1) < 5).mean()) for row in PLANS}  # 5 cm and 5 degrees
+    return out
+
+def print_plans(s):
+    print(f"\n{s['episodes']} episodes, goals {FUTURE * s['horizon']} frames away; mean errors, and how "
+          f"often they were below 5 cm and 5 degrees\n{'':37}  cm degrees success")
+    for row, label in PLANS.items():
+        print_row(label, s["position_cm"][row], s["heading_deg"][row], s["success"][row])
+    print("regret, 0: as good as the true world, 1: as doing nothing; with 95 % intervals over episodes")
+    for name in ("position", "heading"):
+        print_row(f"R of {name}", s[f"regret_{name}"], s[f"regret_{name}_ci"])
 
 def sizes():
     """Parameters of the eight models at the paper preset, in billions, counted from the real modules on the
@@ -585,6 +656,14 @@ def run(args):
     if args.compile:
         compile_blocks(model)
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
+    settings, config = settings_of(saved, args), saved["config"]
+    about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}:"
+    out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
+           "device": args.device}
+    if args.plan:
+        check_built_in(saved)
+        say(f"{about} {args.episodes} episodes, {json.dumps(settings)}, seed {args.seed}")
+        return out | evaluate_plans(model, tokenizer, args.episodes, args.horizon, args.seed, **settings)
 
     # 2. Clips and Inception. Rank 0 goes first: it draws the built-in robot and fetches Inception if need be.
     if rank > 0:
@@ -600,22 +679,18 @@ def run(args):
     check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
 
     # 3. The scores.
-    settings, config = settings_of(saved, args), saved["config"]
-    say(f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}: {args.num} clips of "
-        f"{clips.path}, {json.dumps(settings)}, seed {args.seed}")
-    out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
-           "device": args.device, "fid_features": features}
+    say(f"{about} {args.num} clips of {clips.path}, {json.dumps(settings)}, seed {args.seed}")
+    out["fid_features"] = features
     out |= evaluate(model, tokenizer, clips, args.num, args.seed, net, **settings)
     if args.windows:
         out |= rollout(model, tokenizer, clips, args.windows, args.seed, say, **settings)
-    if world > 1:
-        dist.destroy_process_group()
     return out
 
 @command
 def main(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--sizes", action="store_true", help="only count the parameters of the eight models")
+    first.add_argument("--plan", action="store_true", help="only drive the built-in robot to goals")
     first.add_argument("--json", default="", metavar="FILE", help="write all numbers to FILE")
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 parents=[first])
@@ -627,12 +702,16 @@ def main(argv=None):
         p.add_argument("--inception", default="", metavar="FILE", help="Inception-v3 weights for FID, or: "
                        "random; default: torch hub's cache, else a download")
         p.add_argument("--no_fid", action="store_true", help="leave FID and KID out")
+        p.add_argument("--episodes", type=int, default=40, help="of --plan (default 40)")
+        p.add_argument("--horizon", type=int, default=1, help="of --plan: windows (default 1)")
     args = p.parse_args(argv)
     if os.path.isdir(args.json):  # said before the work, not after it
         raise DataError(f"--json {args.json} is a folder: give a file")
     out = sizes() if args.sizes else run(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if rank_and_world()[0] == 0:
-        (print_sizes if args.sizes else print_scores)(out)
+        (print_sizes if args.sizes else print_plans if args.plan else print_scores)(out)
         if args.json:
             write_whole(args.json, lambda file: Path(file).write_text(json.dumps(out, indent=1)))
             print(f"wrote {args.json}")

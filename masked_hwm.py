@@ -259,10 +259,12 @@ class MaskedHWM(nn.Module):
     # ---- the sampler -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, L_p, actions, K=2, temperature=1.0, order="random", generator=None, trace=None):
+    def sample(self, L_p, actions, K=2, temperature=1.0, order="random", generator=None, trace=None,
+               same_noise=False):
         """Dreams future ids (B, T_f, H, W) after the past ids L_p (B, T_p, H, W), as many as the actions
         (B, F, A) cover. K: steps per frame. order: which of the drawn ids are kept, "random" ones or those of
-        greatest "confidence" (MaskGIT). trace: a list that receives (L, M) after every step."""
+        greatest "confidence" (MaskGIT). trace: a list that receives (L, M) after every step. same_noise: all
+        clips of the batch keep ids in the same order (and at temperature 0 there is no other noise)."""
         B, _, H, W = L_p.shape
         T_p, T_f, *_ = self.layout.for_actions(actions.shape[1])
         L = torch.cat([L_p, L_p.new_zeros(B, T_f, H, W)], dim=1)
@@ -270,7 +272,8 @@ class MaskedHWM(nn.Module):
         memory = [] if self.config.variant == "split" else None
 
         for t in range(T_f):
-            rank = ranks(torch.rand(B, H * W, generator=generator)).to(L.device)
+            noise = torch.rand(1 if same_noise else B, H * W, generator=generator)
+            rank = ranks(noise).expand(B, -1).to(L.device)
             for k in range(1, K + 1):
                 # 1. Draw all hidden tokens of frame t at once.
                 hidden = torch.zeros_like(M)
