@@ -658,6 +658,9 @@ def load_fitting(file, args):
         compile_blocks(model)
     settings = settings_of(saved, args)
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
+    if args.plan:  # its problems are drawn, not recorded
+        check_built_in(saved)
+        return model, tokenizer, settings, None, saved
     clips = validation_clips(saved, args.data)
     check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
     return model, tokenizer, settings, clips, saved
@@ -707,7 +710,6 @@ def main(argv=None):
     config = saved["config"]
     about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}: {args.num}"
     if args.plan:
-        check_built_in(saved)
         print(f"{about} problems of planning, {json.dumps(settings)}")
     else:
         print(f"{about} clips of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")

@@ -265,12 +265,12 @@ def play(players, seed=0, port=8000):
     """Serves a game until Ctrl-C."""
     server = open_server(Game(players, seed), port)
     address = f"http://127.0.0.1:{server.server_port}/"
-    print(f"play at {address}, end with Ctrl-C", flush=True)
     # Without a display a browser would take over the terminal; without a terminal nobody waits for one.
     display = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if display and sys.stdout.isatty():
-        webbrowser.open(address)
     try:
+        print(f"play at {address}, end with Ctrl-C", flush=True)
+        if display and sys.stdout.isatty():
+            webbrowser.open(address)
         server.serve_forever()
     except KeyboardInterrupt:
         print("\nthe game has ended")
