@@ -100,7 +100,7 @@ def read_checkpoint(file):
             damaged = archive.testzip()
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise DataError(f"there is no checkpoint {file}: give a ckpt.pt by train.py, or one of weights/") from None
+        raise DataError(f"there is no checkpoint {file}: give one by train.py or of weights/") from None
     except Exception as e:  # a damaged or hostile file can raise nearly anything
         raise DataError(f"{file} is no readable checkpoint ({type(e).__name__}): give another") from None
     if damaged:
@@ -512,7 +512,7 @@ def plan_rows(model, tokenizer, num=3, horizon=1, seed=0, **settings):
         commands, dreamt = plan_by_model(model, tokenizer, *seen, horizon, i, **settings)
         future = commanded(commands[None], states)[0]
         end, _ = follow(start, future)
-        print("problem {}: from the goal {:.1f} cm and {:.1f} degrees, after the plan {:.1f} and {:.1f}".format(
+        print("problem {}: {:.1f} cm and {:.1f} degrees from the goal, after the plan {:.1f} and {:.1f}".format(
             i, *distance(start, there), *distance(end, there)))
         happened = robot.robot_render(future, start, len(goal))
         for row, film in zip(rows.values(), (frames, goal[None], dreamt, happened)):
@@ -622,7 +622,7 @@ SETTINGS = {  # for each model, what a flag is called by its sampler
 
 def settings_of(saved, args=None):
     """The sampler's settings as a dict: the preset's, replaced by what the flags `args` ask for. A flow model
-    trained with p_drop 0 has never seen its conditions dropped, so it is not guided (its sampler refuses to)."""
+    trained with p_drop 0 has never seen its conditions dropped, so it is not guided (its sampler refuses)."""
     kind, preset = saved["config"]["model"], saved["config"]["preset"]
     settings = dict(MODELS[kind].SAMPLING[preset])
     if saved["model_config"].get("p_drop") == 0:

@@ -316,8 +316,8 @@ EPISODE, SHARD = 160, 8 * 160  # frames
 
 def synth(out, frames=20_000, size=64, seed=0, splits=("train", "val"), hard=False, progress=True):
     """Draws a raw data folder: `frames` to train on, and a tenth, at least 1,700, to validate. Episodes have
-    seeds of their own, so that splits do not depend on each other; hard ones play in 16 rooms, and in 16 others
-    to validate. Uses all cores, and goes on where it was when it was ended."""
+    seeds of their own, so that no split depends on the other; hard ones play in 16 rooms, and in 16 others to
+    validate. Uses all cores, and goes on where it was when it was ended."""
     if frames < FRAMES or size < 16 or size % 8 or not 0 <= seed < 1000:
         raise DataError(f"{out}: {frames} frames of {size} x {size} with seed {seed} cannot be drawn: give "
                         f"at least {FRAMES} frames, a size divisible by 8 and a seed of 0..999")
