@@ -47,7 +47,7 @@ def trained(out, model, variant, *flags):
 
 def scored(ckpt, file, num, *flags):
     if not os.path.exists(file):
-        run(*PYTHON, "evaluate.py", "--ckpt", ckpt, "--num", num, "--json", file, *flags)
+        run(*PYTHON, "evaluate.py", "--ckpt", ckpt, "--num", num, "--rollout", 0, "--json", file, *flags)
     with open(file) as f:
         return json.load(f)
 

@@ -17,7 +17,7 @@ DOWNLOADS = {"1x-technologies/worldmodel", "1x-technologies/worldmodel_raw_data"
 TOY = {  # what is added to a command; argparse takes the last of a flag that is given twice
     "train.py": "--preset tiny --steps 2 --batch 4 --warmup 1 --frames 340 --log_every 1",
     "sample.py": "--num 2",
-    "evaluate.py": "--num 2 --no_fid",
+    "evaluate.py": "--num 2 --no_fid --rollout 0",
     "data.py synth": "--frames 340",
     "data.py encode": "--size 32",
     "tokenizer.py train": "--steps 2 --batch 2 --eval_every 2",
