@@ -529,7 +529,7 @@ def plan_episode(model, tokenizer, seed, horizon=1, **settings):
 def regret(model, still, oracle, n=10_000, seed=0):
     """Errors (episodes,) of three rows -> R = (E_model - E_oracle) / (E_still - E_oracle), E being means, and
     its 95 % bootstrap interval over episodes (None below eight). R is 0 for a model that serves as well as
-    the true world, 1 for one that serves no better than doing nothing, and None where that is all the same."""
+    the true world, 1 for one that serves no better than doing nothing; None where both are the same."""
     drawn = np.random.default_rng(seed).integers(len(model), size=(n, len(model)))
     drawn[0] = range(len(model))
     lost, possible = (model - oracle)[drawn].mean(1), (still - oracle)[drawn].mean(1)

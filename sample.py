@@ -512,7 +512,7 @@ def plan_rows(model, tokenizer, num=3, horizon=1, seed=0, **settings):
         commands, dreamt = plan_by_model(model, tokenizer, *seen, horizon, i, **settings)
         future = commanded(commands[None], states)[0]
         end, _ = follow(start, future)
-        print("problem {}: {:.1f} cm and {:.1f} degrees from the goal, after the plan {:.1f} and {:.1f}".format(
+        print("problem {}: {:.1f} cm and {:.1f} degrees from the goal; after the plan {:.1f}, {:.1f}".format(
             i, *distance(start, there), *distance(end, there)))
         happened = robot.robot_render(future, start, len(goal))
         for row, film in zip(rows.values(), (frames, goal[None], dreamt, happened)):
