@@ -657,6 +657,9 @@ def load_fitting(file, args):
     if args.compile:
         compile_blocks(model)
     settings = settings_of(saved, args)
+    if args.play and args.steps is None and "cfg" in settings:
+        settings["steps"] = 3
+        print(f"{file} is played with 3 Euler steps, for ten frames a second; --steps asks for more")
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
     if args.plan:  # its problems are drawn, not recorded
         check_built_in(saved)
