@@ -516,23 +516,52 @@ class Standardise(nn.Module):
 
 class AtPlace(nn.Module):
     """Gives each future token what attention would have to find first: the neighbourhood of its position in
-    the last past latent, and the actions of the frames that its latent stands for. The actions scale the
-    features of the neighbourhood, so that one layer can shift a picture as a turning camera does."""
+    the last past latent, and the actions of the frames that its latent stands for. They meet in two ways:
 
-    def __init__(self, action_dim, D, temporal, reach=2):
+    - The actions scale the features of the neighbourhood.
+    - A filter moves the picture. Every position has a kernel of its own over its 7 x 7 neighbours, made of
+      the products of what the robot does and what stands there. So a turn can shift the whole picture aside,
+      and a drive can widen it from the middle, which no kernel that is the same everywhere can do."""
+
+    def __init__(self, action_dim, D, temporal, reach=2, look=3, ranks=(32, 12)):
         super().__init__()
-        self.norm, self.temporal = nn.LayerNorm(D), temporal
+        self.norm, self.temporal, self.look = nn.LayerNorm(D), temporal, look
+        self.n_head = n_head = math.gcd(8, D)
         self.around = nn.Conv2d(D, D, 2 * reach + 1, padding=reach)
         self.actions, self.out = nn.Linear(temporal * action_dim, 2 * D), nn.Linear(D, D)
+        # The filter: a few numbers of the actions and of the position, their products, and a kernel of these.
+        done, here = ranks
+        self.done, self.here = nn.Linear(temporal * action_dim, done), nn.Linear(D, here)
+        self.kernel = nn.Linear((done + 1) * (here + 1), n_head * (2 * look + 1) ** 2)
+        self.value, self.moved = nn.Linear(D, D), nn.Linear(D, D)
+        # A kernel starts as a soft spot around the position itself.
+        offset = torch.arange(2 * look + 1) - look
+        distance = (offset[:, None] ** 2 + offset**2).float()
+        self.kernel.bias.data = (-distance / 2).flatten().repeat(n_head)
 
     def forward(self, p, a_f, layout):
         """Tokens p (B, S, D) of the last past latent, standardised future actions a_f (B, F_f, A)
         -> (B, T_f * S, D), to be added to v_f"""
-        image = rearrange(self.norm(p), "b (h w) d -> b d h w", h=layout.H)
-        around = rearrange(self.around(image), "b d h w -> b 1 (h w) d")
+        p = self.norm(p)
         actions = rearrange(a_f, "b (t f) a -> b t 1 (f a)", f=self.temporal)
         shift, scale = self.actions(actions).chunk(2, dim=3)
-        return (self.out(F.gelu(around * (1 + scale))) + shift).flatten(1, 2)
+        image = rearrange(p, "b (h w) d -> b d h w", h=layout.H)
+        around = rearrange(self.around(image), "b d h w -> b 1 (h w) d")
+        moved = self.filter(p, actions, layout)
+        return (self.out(F.gelu(around * (1 + scale))) + shift + moved).flatten(1, 2)
+
+    def filter(self, p, actions, layout):
+        """Tokens p (B, S, D) and actions (B, T_f, 1, E) -> each position's mean of its neighbours' values,
+        weighted by its kernel, (B, T_f, S, D)"""
+        done = F.pad(self.done(actions), (0, 1), value=1)  # the 1 keeps each factor alone among the products
+        here = F.pad(self.here(p), (0, 1), value=1)
+        products = torch.einsum("b t o i, b s j -> b t s i j", done, here).flatten(3)
+        kernel = rearrange(self.kernel(products), "b t s (h n) -> b t s h n", h=self.n_head).softmax(dim=4)
+        values = rearrange(self.value(p), "b (h w) d -> b d h w", h=layout.H)
+        near = F.unfold(values, 2 * self.look + 1, padding=self.look)  # (B, D * 49, S), zeros beyond the edge
+        near = rearrange(near, "b (h d n) s -> b 1 s h n d", h=self.n_head, n=kernel.shape[4])
+        means = kernel[..., None, :] @ near  # (B, T_f, S, h, 1, D / h)
+        return self.moved(means.flatten(3))
 
 class DigitTable(nn.Module):
     """An id of FSQ is a number with one digit for each channel of the code, and ids that agree in a digit

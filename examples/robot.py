@@ -167,6 +167,7 @@ def robot_plan(rng, world, n_frames):
     angle[NECK] = 0.4
     angle[ARMS] = target[ARMS] = [reach_target(rng, world, hand)[0] for hand in (0, 1)]
     v = w = goal_v = goal_w = 0.0  # of the base: metres and radians a second
+    closes = [False, False]  # does a hand close next, because it reaches for an object?
     jump = np.zeros(4, int)  # the frame of the next jump of each group: two arms, neck, base
     states = np.zeros((n_frames, 25), np.float32)
     for k in range(n_frames):
@@ -175,20 +176,30 @@ def robot_plan(rng, world, n_frames):
         due = jump <= k
         jump[due] = k + rng.integers(5, 12, due.sum())
         for hand in np.flatnonzero(due[:2]):
+            if closes[hand]:
+                target[HANDS[hand]], closes[hand] = 1.0, False  # the arm has arrived; it waits for the hand
+                continue
             target[ARMS[hand]], distance = reach_target(rng, world, hand)
-            if distance > 0.2 or rng.random() < 0.4:
+            closes[hand] = distance < 0.17 and world.held[hand] < 0
+            if closes[hand]:
+                target[HANDS[hand]] = goal_v = goal_w = 0.0
+                jump[3] = k + rng.integers(10, 16)  # the base waits, too
+            elif distance > 0.2 or rng.random() < 0.4:
                 for j in ARM_MOVES:
                     target[ARMS[hand][j]] = rng.uniform(-1, 1) * ARM_RANGE[j] + ARM_REST[j]
-            if rng.random() < 0.6:
+            if not closes[hand] and rng.random() < 0.6:
                 target[HANDS[hand]] = 1.0 - round(target[HANDS[hand]])
         if due[2]:
             target[NECK] = rng.uniform(0.25, 0.6)
         if due[3]:
             aside = math.remainder(bearing_of_table(world) - world.pose[2], 2 * math.pi)
-            goal_w = rng.normal(0, 0.25)
+            goal_w = rng.normal(0, 0.3)
             if rng.random() < 0.6:
                 goal_w += np.clip(aside, -0.8, 0.8) * 0.3
             goal_v = rng.uniform(-0.25, 0.4)
+            if rng.random() < 1 / 3:  # a longer and faster drive, almost straight
+                goal_v, goal_w = rng.uniform(0.4, 0.9) * rng.choice([-1, 1, 1]), goal_w * 0.3
+                jump[3] = k + rng.integers(10, 20)
         # 2. The joints follow their targets, the base its goals; where the floor ends it backs off.
         speed = 0.6 * speed + 0.08 * (target - angle)
         angle = angle + speed
