@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 
 from blocks import (VARIANTS, AtPlace, DigitTable, Layout, MaskedBlock, Standardise, check_knobs, initialize,
                     knob, layer_variants, masked_rope, run_block, show)
-from tokenizer import DataError
+from tokenizer import FSQ, DataError
 
 KIND = "discrete"  # the latents that this model dreams
 
@@ -68,7 +68,7 @@ TRAINING = {  # paper: Sec. 3.1; micro: the clips that a GPU takes at once
 }
 SAMPLING = {  # paper: Sec. 3.1; tiny: the best of those measured (README)
     "paper": dict(K=2, temperature=1.0),
-    "tiny": dict(K=2, temperature=0.0),
+    "tiny": dict(K=2, temperature=0.5, mean=True),
 }
 
 # ---- hiding tokens, choosing tokens --------------------------------------------------------------
@@ -98,13 +98,25 @@ def draw_ids(p, generator=None):
     ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     return ids.clamp(max=p.shape[1] - 1)[:, 0]
 
-def choose_ids(logits, temperature, generator=None):
-    """One id for each row of logits (n, vocab). At temperature 0 it is the likeliest id. Some rows at a time,
-    so that the tables of probabilities fit a processor's cache, and a GPU's memory."""
+def mean_ids(p, levels):
+    """The id nearest to the mean code, for each row of p (n, vocab). No id may be likely where many look
+    alike: then their mean is a better guess than the likeliest of them."""
+    fsq = FSQ(levels)
+    ids = torch.arange(p.shape[1], device=p.device)
+    codes = fsq.ids_to_codes(ids.view(1, -1, 1, 1)).view(len(levels), -1)  # (C, vocab)
+    return fsq.codes_to_ids((p @ codes.T).view(len(p), -1, 1, 1, 1)).flatten()
+
+def choose_ids(logits, temperature, generator=None, levels=()):
+    """One id for each row of logits (n, vocab): a drawn one, the likeliest at temperature 0, or, where the
+    levels of its digits are given, the one nearest to the mean. Some rows at a time, so that the tables of
+    probabilities fit a processor's cache, and a GPU's memory."""
     if temperature == 0:
         return logits.argmax(dim=1)
-    chunks = logits.split(1024 if logits.is_cuda else 64)
-    return torch.cat([draw_ids(probabilities(rows, temperature), generator) for rows in chunks])
+    chosen = []
+    for rows in logits.split(1024 if logits.is_cuda else 64):
+        p = probabilities(rows, temperature)
+        chosen.append(mean_ids(p, levels) if levels else draw_ids(p, generator))
+    return torch.cat(chosen)
 
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(F.linear(h, weight, bias), targets, reduction="sum"), for some rows of h at a time: the
@@ -259,12 +271,16 @@ class MaskedHWM(nn.Module):
     # ---- the sampler -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, L_p, actions, K=2, temperature=1.0, order="random", generator=None, trace=None,
-               same_noise=False):
+    def sample(self, L_p, actions, K=2, temperature=1.0, order="random", mean=False, generator=None,
+               trace=None, same_noise=False):
         """Dreams future ids (B, T_f, H, W) after the past ids L_p (B, T_p, H, W), as many as the actions
         (B, F, A) cover. K: steps per frame. order: which of the drawn ids are kept, "random" ones or those of
-        greatest "confidence" (MaskGIT). trace: a list that receives (L, M) after every step. same_noise: all
-        clips of the batch keep ids in the same order (and at temperature 0 there is no other noise)."""
+        greatest "confidence" (MaskGIT). mean: ids are not drawn, but are those nearest to the mean code.
+        trace: a list that receives (L, M) after every step. same_noise: all clips of the batch keep ids in
+        the same order (and where no id is drawn there is no other noise)."""
+        levels = self.config.levels if mean else ()
+        if mean and not levels:
+            raise DataError("a mean takes the digits of ids, which this model does not know: give --no-mean")
         B, _, H, W = L_p.shape
         T_p, T_f, *_ = self.layout.for_actions(actions.shape[1])
         L = torch.cat([L_p, L_p.new_zeros(B, T_f, H, W)], dim=1)
@@ -279,7 +295,7 @@ class MaskedHWM(nn.Module):
                 hidden = torch.zeros_like(M)
                 hidden[:, t] = M[:, t]
                 logits = self.logits(L, M, actions, where=hidden, memory=memory)
-                ids = choose_ids(logits, temperature, generator)
+                ids = choose_ids(logits, temperature, generator, levels)
                 L[:, T_p:][hidden] = ids
 
                 # 2. By confidence: what is fixed already comes first, with a score above all probabilities.

@@ -617,17 +617,20 @@ def save_curve(folder):
 # ---- the command line ----------------------------------------------------------------------------
 
 SETTINGS = {  # for each model, what a flag is called by its sampler
-    "masked": {"steps": "K", "temperature": "temperature", "order": "order"},
+    "masked": {"steps": "K", "temperature": "temperature", "order": "order", "mean": "mean"},
     "flow": {"steps": "steps", "cfg": "cfg", "method": "method"}}
 
 def settings_of(saved, args=None):
     """The sampler's settings as a dict: the preset's, replaced by what the flags `args` ask for. A flow model
-    trained with p_drop 0 has never seen its conditions dropped, so it is not guided (its sampler refuses)."""
+    trained with p_drop 0 has never seen its conditions dropped, so it is not guided (its sampler refuses);
+    ids whose digits are not known have no mean."""
     kind, preset = saved["config"]["model"], saved["config"]["preset"]
     settings = dict(MODELS[kind].SAMPLING[preset])
     if saved["model_config"].get("p_drop") == 0:
         settings["cfg"] = 1.0
-    for flag in ("steps", "cfg", "method", "temperature", "order"):
+    if settings.get("mean") and not saved["model_config"].get("levels"):
+        settings.update(mean=False, temperature=0.0)
+    for flag in ("steps", "cfg", "method", "temperature", "order", "mean"):
         value = getattr(args, flag, None)
         if value is None:
             continue
@@ -643,6 +646,7 @@ def add_sampling_flags(p, nargs=None):
     p.add_argument("--steps", type=int, help="masked: K of a latent frame; flow: the solver's steps")
     p.add_argument("--cfg", type=float, help="flow: scale of classifier-free guidance, 1 for none")
     p.add_argument("--temperature", type=float, help="masked: of the tokens drawn, 0 for the likeliest")
+    p.add_argument("--mean", action=argparse.BooleanOptionalAction, help="masked: ids nearest to the mean")
     p.add_argument("--order", choices=["random", "confidence"], help="masked: which ids stay first")
     p.add_argument("--method", choices=["euler", "midpoint"], help="flow: the solver")
     p.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged, or the last")

@@ -16,7 +16,7 @@ import flow_hwm
 import masked_hwm
 from blocks import VARIANTS, FlowBlock, Layout, MaskedBlock, compile_blocks
 from flow_hwm import FlowConfig, FlowHWM, integrate, interpolate, target_velocity
-from masked_hwm import LinearCrossEntropy, MaskedConfig, MaskedHWM, choose_ids, draw_ids, n_fixed, probabilities
+from masked_hwm import LinearCrossEntropy, MaskedConfig, MaskedHWM, choose_ids, draw_ids, mean_ids, n_fixed, probabilities
 from tokenizer import DataError
 from train import count_flops
 
@@ -448,6 +448,29 @@ def test_temperature_zero_is_the_limit_of_low_temperatures():
     g = generator()
     choose_ids(logits, 0, g)
     assert torch.equal(torch.rand(3, generator=g), torch.rand(3, generator=generator()))
+
+
+def test_the_mean_of_codes_by_hand():
+    """Digits of levels (5, 3): id = first + 5 * second. Two likely ids far apart, and one alone."""
+    p = torch.zeros(2, 15)
+    p[0, 0 + 5 * 2], p[0, 3 + 5 * 2], p[0, 3 + 5 * 0] = 0.4, 0.3, 0.3  # mean digits 1.8 and 1.4
+    p[1, 14] = 1
+    assert mean_ids(p, (5, 3)).tolist() == [2 + 5 * 1, 14]
+    logits = p.log().repeat(50, 1)  # more rows than are taken at a time
+    assert choose_ids(logits, 1.0, levels=(5, 3)).tolist() == [7, 14] * 50
+    assert choose_ids(logits, 0.1, levels=(5, 3)).tolist() == [10, 14] * 50, "a low temperature leaves the likeliest"
+
+
+def test_the_sampler_takes_means_where_digits_are_known(monkeypatch):
+    model = toy_model("masked", vocab_size=15, share_digits=True, levels=(5, 3))
+    row = torch.full((15,), -100.0)
+    row[10], row[13], row[3] = math.log(0.4), math.log(0.3), math.log(0.3)
+    monkeypatch.setattr(model, "logits", lambda L, M, actions, where, memory: row.expand(int(where.sum()), -1))
+    past, actions = torch.zeros(2, 2, 2, 3, dtype=torch.long), torch.zeros(2, 17, A)
+    assert (model.sample(past, actions, mean=True) == 7).all()
+    assert not (model.sample(past, actions, generator=generator()) == 7).any(), "without it ids are drawn"
+    with pytest.raises(DataError, match="digits"):
+        toy_model("masked").sample(past, actions, mean=True)
 
 
 def test_ids_are_chosen_in_rows_as_in_one_table():

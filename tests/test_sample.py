@@ -624,7 +624,14 @@ def test_settings_are_the_presets_unless_asked_otherwise(trained, tmp_path):
     assert settings(trained, tmp_path, "flow", config={"preset": "paper"}) == {"steps": 50, "cfg": 3.0}
     assert settings(trained, tmp_path, "flow", ["--steps", "7"]) == {**flow_hwm.SAMPLING["tiny"], "steps": 7}
     asked = settings(trained, tmp_path, "masked", ["--steps", "7", "--order", "confidence", "--temperature", "0.5"])
-    assert asked == {"K": 7, "order": "confidence", "temperature": 0.5}
+    assert asked == {"K": 7, "order": "confidence", "temperature": 0.5, "mean": True}
+    assert not settings(trained, tmp_path, "masked", ["--no-mean"])["mean"]
+
+
+def test_ids_of_unknown_digits_have_no_mean(trained, tmp_path):
+    unknown = dict(model_config={"share_digits": False, "levels": ()})
+    saved = sample.read_checkpoint(changed(trained, tmp_path, "masked", **unknown))
+    assert sample.settings_of(saved) == {"K": 2, "temperature": 0.0, "mean": False}
 
 
 def test_guidance_of_a_model_that_never_dropped_its_conditions(trained, tmp_path):
