@@ -556,7 +556,7 @@ class AtPlace(nn.Module):
         done = F.pad(self.done(actions), (0, 1), value=1)  # the 1 keeps each factor alone among the products
         here = F.pad(self.here(p), (0, 1), value=1)
         products = torch.einsum("b t o i, b s j -> b t s i j", done, here).flatten(3)
-        kernel = rearrange(self.kernel(products), "b t s (h n) -> b t s h n", h=self.n_head).softmax(dim=4)
+        kernel = self.kernel(products).unflatten(3, (self.n_head, -1)).softmax(dim=4)
         values = rearrange(self.value(p), "b (h w) d -> b d h w", h=layout.H)
         near = F.unfold(values, 2 * self.look + 1, padding=self.look)  # (B, D * 49, S), zeros beyond the edge
         near = rearrange(near, "b (h d n) s -> b 1 s h n d", h=self.n_head, n=kernel.shape[4])

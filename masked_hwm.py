@@ -64,7 +64,7 @@ PRESETS = {
 }
 TRAINING = {  # paper: Sec. 3.1; micro: the clips that a GPU takes at once
     "paper": dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear", micro=4),
-    "tiny": dict(steps=1400, batch=8, lr=2e-3, warmup=50, decay="cosine"),
+    "tiny": dict(steps=2400, batch=8, lr=2e-3, warmup=50, decay="cosine"),
 }
 SAMPLING = {  # paper: Sec. 3.1; tiny: the best of those measured (README)
     "paper": dict(K=2, temperature=1.0),

@@ -678,3 +678,46 @@ def test_batches_of_a_tokenizer_are_of_one_size():
         assert whole.shape == shares.shape == (8, 3, 9, 8, 8)
         assert torch.equal(whole[:, 0, 0, 0, 0].sort()[0], shares[:, 0, 0, 0, 0].sort()[0])
 
+
+
+# ---- the filter of AtPlace -----------------------------------------------------------------------
+
+
+def filtering():
+    """An AtPlace whose filter alone speaks: values and means pass unchanged, kernels are the bias's alone."""
+    layer = blocks.AtPlace(action_dim=3, D=16, temporal=8)
+    for linear in (layer.value, layer.moved):
+        linear.weight.data = torch.eye(16)
+        linear.bias.data.zero_()
+    layer.kernel.weight.data.zero_()
+    return layer, blocks.Layout(2, 1, 8, 8, 8)
+
+
+def test_the_filter_moves_the_picture():
+    """Caught: a kernel that is read across rows and columns in the wrong order, or heads that mix."""
+    layer, layout = filtering()
+    kernel = torch.full((8, 7, 7), -30.0)  # eight heads, 7 x 7 neighbours
+    kernel[:, 3 + 1, 3 - 2] = 30  # a row below, two columns to the left
+    layer.kernel.bias.data = kernel.flatten()
+    image = torch.randn(1, 8, 8, 16)
+    moved = layer.filter(image.flatten(1, 2), torch.randn(1, 1, 1, 24), layout).view(8, 8, 16)
+    torch.testing.assert_close(moved[:7, 2:], image[0, 1:, :6])
+    assert moved[7].abs().max() < 1e-4 and moved[:, :2].abs().max() < 1e-4, "beyond the edge there is nothing"
+
+
+def test_every_position_has_a_kernel_of_its_own_that_obeys_the_actions():
+    """Caught: kernels made of the actions alone (a drive widens the picture from the middle: every position
+    moves in its own direction), or of the position alone."""
+    layer, layout = filtering()
+    torch.nn.init.normal_(layer.kernel.weight)
+    here = torch.randn(1, 64, 16)
+    picture = torch.ones(1, 64, 16).cumsum(1) / 64
+    layer.value.forward = lambda p: picture  # the same values, whatever stands there
+    actions = torch.randn(2, 1, 1, 24)
+    a, b = (layer.filter(here, action[None], layout) for action in actions)
+    assert (a - b).abs().amax(-1).min() > 1e-4, "some position does not hear the actions"
+    swapped = here.clone()
+    swapped[:, 20] = here[:, 40]
+    other = layer.filter(swapped, actions[:1], layout)
+    changed = (other - a).abs().amax(-1)[0, 0] > 1e-6
+    assert changed[20] and changed.sum() == 1, "a kernel is made of what stands at its own position"
