@@ -28,27 +28,28 @@ import json
 import math
 import multiprocessing
 import os
-import pathlib
 import re
 import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenizer import DataError, command, fingerprint, load_tokenizer, rank_and_world, to_video, write_whole
-from tokenizer import to_uint8  # noqa: F401, the inverse of to_video, for those who take both from here
+from tokenizer import (DataError, barrier, command, fingerprint, load_tokenizer, rank_and_world, to_uint8,
+                       to_video, write_whole)
 
-FRAMES, PAST, FUTURE = 17, 9, 8         # a clip is 9 past and 8 future frames, 1 + 2 x 8, so 3 latent frames
-VOCAB_SIZE = 64_000                     # of the 1X files (Cosmos DV): 8 * 8 * 8 * 5 * 5 * 5
-CLIPS_PER_SHARD = 256                   # of what `encode` writes
-ENOUGH = 5000                           # clips to train on, where recordings are so short that they overlap
+FRAMES, PAST, FUTURE = 17, 9, 8  # a clip is 9 past and 8 future frames, 1 + 2 x 8, so 3 latent frames
+VOCAB_SIZE = 64_000  # of the 1X files (Cosmos DV): 8 * 8 * 8 * 5 * 5 * 5
+STORED = {"discrete": "<i4", "continuous": "<f2"}  # number type of ids and of latents in files
+CLIPS_PER_SHARD = 256  # of what `encode` writes
+READERS = 6  # threads that read clips for a GPU, some 20 a second each (512 x 512 pixels to 256 x 256)
+ENOUGH = 5000  # clips to train on, where recordings are so short that they overlap
 ARM = ("SHOULDER_PITCH", "SHOULDER_ROLL", "SHOULDER_YAW", "ELBOW_PITCH", "ELBOW_YAW", "WRIST_PITCH",
        "WRIST_ROLL")
 JOINTS = ("HIP_YAW", "HIP_ROLL", "HIP_PITCH", "KNEE_PITCH", "ANKLE_ROLL", "ANKLE_PITCH",
@@ -57,7 +58,7 @@ JOINTS = ("HIP_YAW", "HIP_ROLL", "HIP_PITCH", "KNEE_PITCH", "ANKLE_ROLL", "ANKLE
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHIPPED_TOKENIZERS = {"discrete": "weights/tokenizer_dv_tiny.pt",
                       "continuous": "weights/tokenizer_cv_tiny.pt"}
-ROBOT, ROBOT_STRIDE = "data/robot", 4   # the built-in robot's folder; frames between clips that train on it
+ROBOT, ROBOT_STRIDE = "data/robot", 4  # the built-in robot's folder; frames between clips that train on it
 
 # ---- bad input: every error is one sentence that names the file ----------------------------------
 
@@ -76,7 +77,7 @@ def reading(file, trouble="cannot be read", way_out="fetch or write it again"):
         raise DataError(f"{file} is missing: fetch it, or finish the command that writes it") from None
     except ImportError as error:
         raise DataError(f"{file} needs another package to be read: pip install {error.name}") from None
-    except Exception as error:          # a damaged header can raise nearly anything
+    except Exception as error:  # a damaged header can raise nearly anything
         why = " ".join(str(error).split())
         raise DataError(f"{file} {trouble} ({why:.300}): {way_out}") from None
 
@@ -93,14 +94,14 @@ METADATA = {"num_shards": int, "num_images": int, "shard_num_frames": int, "acti
 
 def read_json(file, *needed):
     """A metadata file as a dict that holds the needed keys, of METADATA's types; its numbers are positive."""
-    with reading(file), open(file, encoding="utf-8") as f:
-        meta = json.load(f)
-    check(isinstance(meta, dict), f"{file} holds {meta!r:.50}, not a JSON object: fetch it again")
-    for key in METADATA.keys() & {*needed, *meta}:
-        value = meta.get(key)
-        positive = not isinstance(value, (int, float)) or 0 < value < math.inf
-        check(isinstance(value, METADATA[key]) and positive,
-              f"{file} says {key} = {value!r:.100}, which has another type or is not positive: correct it")
+    with reading(file):
+        meta = json.loads(Path(file).read_text(encoding="utf-8"))
+        known = {key: meta.get(key) for key in METADATA.keys() & {*needed, *meta}}
+    for key, value in known.items():
+        is_sound = isinstance(value, METADATA[key])
+        if is_sound and isinstance(value, (int, float)):
+            is_sound = 0 < value < math.inf
+        check(is_sound, f"{file} says {key} = {value!r:.100}, not of its type or not positive: correct it")
     return meta
 
 # ---- folders and files ---------------------------------------------------------------------------
@@ -112,11 +113,14 @@ def only(paths):
     check(len(found) == 1, f"{' and '.join(found)} are both there: keep the one you mean")
     return found[0]
 
+def is_lerobot(path):
+    """The file that makes a folder a LeRobot dataset, of version 2 or 3 or, to be refused, of 1; or []."""
+    return [*filter(os.path.exists, (f"{path}/meta/info.json", f"{path}/meta_data/info.json"))]
+
 def split_folders(path):
     """{"train": folder, "val": folder} of a data folder, or the one split that `path` itself is."""
     path, found = os.fspath(path), {}
-    check(os.path.isdir(path), f"{path} is no folder: give one that holds train_v2.0 and val_v2.0")
-    if is_lerobot(path):                                            # its reader divides the episodes
+    if is_lerobot(path):  # its reader divides the episodes
         return {"train": path, "val": path}
     if os.path.exists(f"{path}/metadata.json"):
         # A link is judged by what it points to, and a robot called "valkyrie" is no validation split.
@@ -126,24 +130,17 @@ def split_folders(path):
         spellings = [f"{path}/{split}_v2.0", f"{path}/{split}_v2.0_raw"]
         if any(map(os.path.isdir, spellings)):
             found[split] = only(spellings)
-    check(found, f"{path} holds neither train_v2.0, val_v2.0, metadata.json nor meta/info.json: give the "
+    check(found, f"{path} is no folder with train_v2.0, val_v2.0, metadata.json or meta/info.json: give the "
                  "folder above them, or finish the download")
     return found
 
-def info_files(path):
-    """What makes a folder a LeRobot dataset, of version 2 or 3, and of version 1, which is refused."""
-    return [f"{path}/meta/info.json", f"{path}/meta_data/info.json"]
-
-def is_lerobot(path):
-    return any(map(os.path.exists, info_files(path)))
-
 def split_folder(path, split):
     """The folder of one split; where `path` is the other split, the folder of the same spelling beside it."""
-    found = split_folders(path)
-    if split not in found and os.fspath(path) in found.values():
-        parent, name = os.path.split(os.path.abspath(path))
-        beside = os.path.join(parent, name.replace(*found, split))
-        found = split_folders(beside) if os.path.isdir(beside) else found
+    path, found = os.fspath(path), split_folders(path)
+    if split not in found and path in found.values():
+        folder = Path(path).absolute()
+        beside = folder.with_name(folder.name.replace(*found, split))
+        found = split_folders(beside) if beside.is_dir() else found
     check(split in found, f"{path} holds no {split} split, only {list(found.values())}: add {split}_v2.0")
     return found[split]
 
@@ -155,13 +152,11 @@ def open_array(file, dtype, shape):
 
 class Mp4:
     """Frames of a video file, RGB and upright: `Mp4(file, n)[np.array([3, 5])]` -> uint8 (2, H, W, 3).
-
     The plain way is to decode the whole file and to count. Here a frame's number is its rank among the
     presentation times of all packets, which stays exact with B-frames and edit lists. A read seeks to the
-    keyframe before and decodes forward, or goes on with the decoder of the last read. What a process got by
-    a fork stays in `last` under its parent's id, neither used nor closed nor freed: the decoder's threads did
-    not come along, and closing would wait for them."""
-    last = {}                           # process id -> (the Mp4 read last, time of its last frame, decoder)
+    keyframe before and decodes forward, or goes on with the decoder of the last read. After a fork the
+    parent's stays in `last`, unused: to close it would be to wait for its threads, which are not here."""
+    last = {}  # (process, thread) -> (the Mp4 read last, time of its last frame, decoder)
 
     def __init__(self, file, frames=None):
         self.file, self.frames, self.times = file, frames, None
@@ -171,7 +166,7 @@ class Mp4:
 
     def _open(self):
         import av
-        return av.open(self.file, metadata_errors="replace")        # tags may be written in any encoding
+        return av.open(self.file, metadata_errors="replace")  # tags may be written in any encoding
 
     def index(self):
         """Fills `times`, the presentation times of the frames that a player shows, and `keys`, those of all
@@ -179,30 +174,29 @@ class Mp4:
         if self.times is None:
             with reading(self.file), self._open() as container:
                 table = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(video=0)]
-                times, is_key, is_discarded = np.array(sorted(table[:-1])).T    # the last one has no time
-                self.times, self.keys = times[is_discarded == 0], times[is_key == 1]
+                times, is_key, is_discarded = np.array(sorted(table[:-1])).T  # the last one has no time
+                self.keys, self.times = times[is_key == 1], times[is_discarded == 0]
         check(self.frames in (None, len(self.times)),
               f"{self.file} has {len(self.times)} frames, its states {self.frames}: fetch that shard again")
         return self
 
     def __getitem__(self, numbers):
-        want = self.index().times[numbers]
+        want, here, found = self.index().times[numbers], (os.getpid(), threading.get_ident()), []
         with reading(self.file, f"does not decode at frames {numbers[0]}..{numbers[-1]}"):
             key = self.keys[self.keys <= want[0]][-1]
-            video, last, decoder = Mp4.last.pop(os.getpid(), (None, None, None))
+            video, last, frames = Mp4.last.pop(here, (None, None, None))
             if video is not self or not key <= last < want[0]:
-                decoder = self._decode(key)
-            out = []
-            for frame in decoder:
+                frames = self._decode(key)
+            for frame in frames:
                 if frame.pts in want:
                     pixels = frame.to_ndarray(format="rgb24")
-                    out.append(np.rot90(pixels, frame.rotation // 90))
+                    found.append(np.rot90(pixels, frame.rotation // 90))
                 if frame.pts >= want[-1]:
                     break
-            if len(out) < len(want):
-                raise ValueError(f"only {len(out)} of {len(want)} frames come")
-            Mp4.last[os.getpid()] = self, frame.pts, decoder
-            return np.stack(out)
+            if len(found) < len(want):
+                raise ValueError(f"only {len(found)} of {len(want)} frames come")
+            Mp4.last[here] = self, frame.pts, frames
+            return np.stack(found)
 
     def _decode(self, key):
         """Yields the frames from the keyframe at time `key` on, in order of presentation."""
@@ -233,7 +227,8 @@ class Mp4:
 
 # ---- one split folder: the reader of the 1X layout -----------------------------------------------
 
-STORED = {"discrete": "<i4", "continuous": "<f2"}       # number type of ids and of latents
+FOLDERS = {"metadata": ["metadata", ""], "video": ["videos", ""], "states": ["robot_states", "states", ""],
+           "segment_idx": ["segment_indices", "segment_idx", ""]}  # where the files of a shard may lie
 
 class Reader1X:
     """One split folder in the layout of 1X v2.0. A reader of another layout has what this one has:
@@ -245,73 +240,77 @@ class Reader1X:
     files, state_files  every shard's video and states, for messages
     edges               where each recording begins, in frames counted over all shards; last, their number
     segment_ids         "global", or "per shard" where no recording runs on into the next shard
+    on_grid             clips are frames 17k..17k+16 of a shard, as in 1X's tokens, not of a recording
     video(i)            shard i's video, indexed by an array of frames (raw) or by a clip's number
     states(i)           shard i's states, float32 (N, A)"""
 
-    def __init__(self, path):
+    def __init__(self, path, split):
         self.path, self.file, self.mp4s = path, f"{path}/metadata.json", {}
         self.meta = meta = read_json(self.file, "num_shards", "num_images", "hz")
+        # 1. The states.
         self.hz, A = float(meta["hz"]), meta.get("action_dim", len(JOINTS))
         names = JOINTS if A == len(JOINTS) else [f"STATE_{j}" for j in range(A)]
         self.names = tuple(meta.get("names", names))
-        self.keep = tuple(meta.get("keep", (21, 22) if self.names == JOINTS else ()))      # hand closures
-        self._demand("names", A == len(self.names) == len(set(self.names)), f"{A} different strings")
-        self._demand("keep", set(self.keep) <= set(range(A)), f"numbers of states, 0..{A - 1}")
-        self._find_shards()
+        self.keep = tuple(meta.get("keep", (21, 22) if self.names == JOINTS else ()))  # hand closures
+        self._demand("names", len({*self.names}) == A, f"{A} different strings")
+        self._demand("keep", {*self.keep} <= {*range(A)}, f"numbers of states, 0..{A - 1}")
+        # 2. The shards. All have the kind of the first.
+        shards = range(meta["num_shards"])
+        self.lengths = [self._length(i) for i in shards]
+        suffix = self._find("video", 0, ".bin", ".npy", ".mp4")[-4:]
+        self.files = [self._find("video", i, suffix) for i in shards]
+        self.state_files = [self._find("states", i, ".bin") for i in shards]
+        for i in shards:
+            self.states(i)  # an error here if its size is not right
         self._read_segments()
-        self.kind = meta.get("kind", "discrete") if self.files[0].endswith(".bin") else "raw"
-        self.shape = tuple(meta.get("clip_shape", (3, 32, 32)))
-        self.vocab_size = meta.get("tokenizer", {}).get("vocab_size", VOCAB_SIZE)
         total = sum(self.lengths)
         self._demand("num_images", meta["num_images"] == total, f"{total}, the frames of all shards")
-        self._demand("kind", self.kind in ("raw", *STORED), f"one of {[*STORED]}")
-        axes = 4 if self.kind == "continuous" else 3
-        fits = len(self.shape) == axes and min(self.shape) > 0 and self.shape[-3] in (3, 5)
+        # 3. What a stored clip is.
+        self.kind = meta.get("kind", "discrete") if suffix == ".bin" else "raw"
+        is_1x = (self.names, self.hz) == (JOINTS, 30) and "robot" not in meta
+        self.on_grid = self.kind != "raw" or is_1x and split == "val"
+        self.shape = tuple(meta.get("clip_shape", (3, 32, 32)))
+        self.vocab_size = meta.get("tokenizer", {}).get("vocab_size", VOCAB_SIZE)
+        axes = {"raw": 3, "discrete": 3, "continuous": 4}
+        self._demand("kind", self.kind in axes, f"one of {[*axes]}")
+        fits = len(self.shape) == axes[self.kind] and min(self.shape) > 0 and self.shape[-3] in (3, 5)
         self._demand("clip_shape", fits, "[channels if continuous, T = 3 or 5, height, width]")
 
     def _demand(self, key, ok, want):
         check(ok, f"{self.file} says {key} = {self.meta.get(key)!r:.100}, not {want}: correct it")
 
-    def _locate(self, subfolders, *names):
-        folders = [os.path.join(self.path, subfolder) for subfolder in (*subfolders, "")]
-        return only([os.path.join(folder, name) for folder in folders for name in names])
+    def _find(self, kind, i, *suffixes):
+        names = [f"{kind}_{i}{suffix}" for suffix in suffixes]
+        return only([os.path.join(self.path, folder, name) for folder in FOLDERS[kind] for name in names])
 
-    def _find_shards(self):
-        self.lengths, self.files, self.state_files, suffixes = [], [], [], [".bin", ".npy", ".mp4"]
-        for i in range(self.meta["num_shards"]):
-            file = self._locate(["metadata"], f"metadata_{i}.json")
-            meta = read_json(file, "shard_num_frames")
-            number = meta.get("shard_ind", i)
-            check(number == i, f"{file} says shard_ind = {number!r:.50}, not {i} as its name: fetch it again")
-            self.lengths.append(meta["shard_num_frames"])
-            self.files.append(self._locate(["videos"], *(f"video_{i}{suffix}" for suffix in suffixes)))
-            self.state_files.append(self._locate(["robot_states", "states"], f"states_{i}.bin"))
-            self.states(i)                              # an error here if its size is not right
-            suffixes = [self.files[0][-4:]]             # all shards have the kind of the first
+    def _length(self, i):
+        file = self._find("metadata", i, ".json")
+        meta = read_json(file, "shard_num_frames")
+        number = meta.get("shard_ind", i)
+        check(number == i, f"{file} says shard_ind = {number!r:.50}, not {i} as its name: fetch it again")
+        return meta["shard_num_frames"]
 
     def _read_segments(self):
-        ids = []
+        ids, borders = [], np.cumsum(self.lengths)
         for i, n in enumerate(self.lengths):
-            file = self._locate(["segment_indices", "segment_idx"], f"segment_idx_{i}.bin")
-            ids.append(open_array(file, "<i4", (n,)))
-        # In the 1X set ids count over all shards, and a recording may run on into the next shard. Elsewhere
-        # they begin anew in every shard, and the same id on both sides of a border says nothing. If all
+            ids.append(open_array(self._find("segment_idx", i, ".bin"), "<i4", (n,)))
+        # In the 1X set ids count over all shards, and a recording may run on into the next one. Where all
         # shards begin with 0 and metadata.json does not tell, none runs on, lest a clip mix two recordings.
         count_on = any(shard[0] for shard in ids)
         self.segment_ids = self.meta.get("segment_ids", "global" if count_on else "per shard")
-        ends = np.cumsum(self.lengths)
-        borders = ends[-1:] if self.segment_ids == "global" else ends
+        if self.segment_ids == "global":
+            borders = borders[-1:]
         changes = np.flatnonzero(np.diff(np.concatenate(ids))) + 1
-        self.edges = np.unique(np.concatenate([[0], changes, borders]))
+        self.edges = np.unique([0, *changes, *borders])
 
     def video(self, i):
         file, n = self.files[i], self.lengths[i]
-        if file.endswith(".bin"):
+        if self.kind != "raw":
             return open_array(file, STORED[self.kind], (math.ceil(n / FRAMES), *self.shape))
         if file.endswith(".mp4"):
-            if i not in self.mp4s:
-                self.mp4s[i] = Mp4(file, n)             # kept for its table of times
-            return self.mp4s[i]
+            if file not in self.mp4s:
+                self.mp4s[file] = Mp4(file, n)  # kept for its table of times
+            return self.mp4s[file]
         with reading(file):
             video = np.lib.format.open_memmap(file, mode="r")
         check(video.dtype == np.uint8 and video.ndim == 4 and video.shape[::3] == (n, 3),
@@ -326,22 +325,20 @@ class Reader1X:
 SOURCE = {"camera": "of a LeRobot folder: which camera (default: the only one, or the head's)",
           "fit": "crop: the centre square of its frames (default); pad: all of them, with black bars",
           "actions": "observation.state (default), or action: commands, told where they take effect"}
-PARTS = {"base": r"base|wheel|odom|linear|angular|^(x|y|theta)\b", "head": "head|neck",    # the first counts
+PARTS = {"base": r"base|wheel|odom|linear|angular|^(x|y|theta)\b", "head": "head|neck",  # the first counts
          "waist": "waist|torso", "leg": "leg|hip|knee|ankle", "hand": "hand|grip|finger|claw", "arm": ""}
 
 class ReaderLeRobot:
     """One split of a LeRobot dataset of version 2.0, 2.1 or 3.0 as it lies, see Reader1X. Every episode is a
-    shard and a recording; the last tenth of them, but at least one, is for validation.
-
-    camera    the feature of a camera or the last part of its name; by default the only one, or the head's
-    fit       "crop" takes the centre square of frames that are not square, "pad" adds black bars to them
-    actions   the feature with the states. What begins with "action" are commands: the command of frame k
-              takes effect at frame k + 1, whose state it is here; frame 0 of an episode is left out"""
-    kind, keep, vocab_size, segment_ids = "raw", (), VOCAB_SIZE, "global"
+    shard and a recording; the last tenth of them, but at least one, is for validation. SOURCE says what can
+    be chosen. A camera's name, or the last part of it, is a feature's. Of `actions` that begin with "action"
+    the command of frame k takes effect at frame k + 1, whose state it is here; an episode's frame 0 has none
+    and is left out."""
+    kind, keep, vocab_size, segment_ids, on_grid = "raw", (), VOCAB_SIZE, "global", False
 
     def __init__(self, path, split, camera="", fit="crop", actions="observation.state"):
         self.path, self.column, self.fit, self.late = path, actions, fit, int(actions.startswith("action"))
-        self.tables, self.mp4s, self.file = {}, {}, only(info_files(path))
+        self.tables, self.mp4s, self.file = {}, {}, only(is_lerobot(path))
         version = read_json(self.file).get("codebase_version")
         check(version in ("v2.0", "v2.1", "v3.0"), f"{self.file} says codebase_version = {version!r}: bring "
                                                    "the data to v2.1 or v3.0 with lerobot's own converters")
@@ -350,63 +347,64 @@ class ReaderLeRobot:
         self.hz = float(self.info["fps"])
         with reading(self.file):
             self.camera, self.names = self._find_camera(camera), self._find_names()
-            self._find_episodes(self._list_episodes(version == "v3.0"), split)
+            self._find_episodes(version, split)
         self.meta = {"robot": self.info.get("robot_type") or "LeRobot",
                      "opened": {"camera": self.camera, "fit": fit, "actions": actions}}
         for j, name in enumerate(map(str.lower, self.names)):
-            if name != f"state_{j}":                    # a name that says its group
-                part = [part for part, words in PARTS.items() if re.search(words, name)][0]
+            if name != f"state_{j}":  # a name that says its group
+                part = next(part for part, words in PARTS.items() if re.search(words, name))
                 group = "_".join([*re.findall("left|right", name)[:1], part])
                 self.meta.setdefault("groups", {}).setdefault(group, []).append(j)
 
     def _find_camera(self, name):
         """The feature of the camera. Of two on one head it is the first."""
-        features = self.info["features"].items()
-        cameras = [key for key, about in features if about["dtype"] == "video" and "depth" not in key]
-        check(cameras, f"{self.file} lists no video, only pictures at best: write the set with use_videos")
+        cameras = [key for key, about in self.info["features"].items()
+                   if about["dtype"] == "video" and "depth" not in key]
         found = [key for key in cameras if name in (key, key.rpartition(".")[2])]
         if not name:
             heads = [key for key in cameras if re.search("(?<![a-z])(head|ego)", key)]
             found = heads or cameras[:len(cameras) == 1]
-        check(found, f"{self.file} lists the cameras {', '.join(cameras)}: give one of them as --camera")
+        check(found, f"{self.file} lists as videos: {', '.join(cameras) or 'none'}. Give one of them as "
+                     "--camera, or write the set with use_videos: pictures are not read")
         return found[0]
 
     def _find_names(self):
         """Names of the states, listed as [names], [[names]], {"motors": [names]} or {name: number}."""
-        about = self.info["features"].get(self.column, {"shape": ()})
+        features = self.info["features"]
+        about = features.get(self.column, {"shape": ()})
         check(len(about["shape"]) == 1, f"{self.file} lists no vectors {self.column}, but "
-                                        f"{', '.join(self.info['features'])}: choose one by --actions")
-        names, A = about.get("names") or [], about["shape"][0]
-        if isinstance(names, dict):
-            names = [part for part in names.values() if isinstance(part, list)] or names
-        names = [name for part in names for name in np.atleast_1d(part).tolist()]
+                                        f"{', '.join(features)}: choose one by --actions")
+        A, parts = about["shape"][0], about.get("names") or []
+        if isinstance(parts, dict):
+            parts = [part for part in parts.values() if isinstance(part, list)] or parts
+        names = [str(name) for part in parts for name in np.ravel(part)]
         if len(names) != A:
             names = [f"STATE_{j}" for j in range(A)]
         return tuple(f"{name}_{j}" if names.count(name) > 1 else name for j, name in enumerate(names))
 
-    def _list_episodes(self, is_v3):
-        """A dict for every episode, in order of their numbers: their length, and in v3.0 where they are."""
-        files, rows, frames = [f"{self.path}/meta/episodes.jsonl"], [], 0
-        if is_v3:
-            files = sorted(map(str, pathlib.Path(self.path, "meta/episodes").rglob("*.parquet")))
+    def _find_episodes(self, version, split):
+        """Finds the split's `rows`, a dict for each episode with its number and length and, in v3.0, where in
+        which file its states and its frames are; and checks that all files are there."""
+        # 1. All episodes, in order of their numbers.
         fields = ["chunk_index", "file_index", "from_timestamp", "to_timestamp"]
         columns = [f"{place}/{field}" for place in ("data", f"videos/{self.camera}") for field in fields]
+        files, rows, frames = [f"{self.path}/meta/episodes.jsonl"], [], 0
+        if version == "v3.0":
+            files = sorted(map(str, Path(self.path, "meta/episodes").rglob("*.parquet")))
         for file in files:
             with reading(file):
-                if is_v3:
+                if version == "v3.0":
                     rows += read_parquet(file, ["episode_index", "length", *columns]).to_pylist()
                 else:
-                    rows += map(json.loads, pathlib.Path(file).read_text().splitlines())
+                    rows += map(json.loads, Path(file).read_text().splitlines())
                 rows.sort(key=lambda row: row["episode_index"])
                 frames = sum(row["length"] for row in rows)
-        for key, number in (("total_episodes", len(rows)), ("total_frames", frames)):
+        for key, number in {"total_episodes": len(rows), "total_frames": frames}.items():
             want = self.info.get(key, number)
-            check(number == want != 0, f"{self.path}/meta/episodes lists {key} = {number}, info.json says "
-                                       f"{want}: finish the download")
-        return [row for row in rows if row["length"] > self.late]
-
-    def _find_episodes(self, rows, split):
-        """Takes the rows of one split, and checks that all their files are there."""
+            check(number == want, f"{self.path}/meta/episodes lists {key} = {number}, info.json says {want}: "
+                                  "finish the download")
+        # 2. Those of the split that have a frame.
+        rows = [row for row in rows if row["length"] > self.late]
         n_val = max(1, len(rows) // 10)
         check(len(rows) > n_val, f"{self.path} has {len(rows)} episode, but one is to validate: record more")
         say_once(f"{self.path}: camera {self.camera} ({self.fit}), states {self.column}; the last {n_val} of "
@@ -414,52 +412,56 @@ class ReaderLeRobot:
         self.rows = rows = rows[-n_val:] if split == "val" else rows[:-n_val]
         self.lengths = [row["length"] - self.late for row in rows]
         self.edges = np.cumsum([0, *self.lengths])
+        # 3. Their files.
         self.files = [self._locate("video_path", f"videos/{self.camera}", row) for row in rows]
-        tables = [self._locate("data_path", "data", row) for row in rows]
-        self.state_files = [f"{file}, episode {row['episode_index']}," for file, row in zip(tables, rows)]
+        self.data_files = [self._locate("data_path", "data", row) for row in rows]
+        numbers = [row["episode_index"] for row in rows]
+        self.state_files = [f"{file}, episode {k}," for file, k in zip(self.data_files, numbers)]
 
     def _locate(self, key, place, row):
         """The file of an episode: version 2 counts episodes, version 3 says chunk and file of each."""
         number, size = row["episode_index"], self.info.get("chunks_size", 1000)
-        fields = {name: row.get(f"{place}/{name}") for name in ("chunk_index", "file_index")}
-        fields.update(video_key=self.camera, episode_index=number, episode_chunk=number // size)
+        fields = {"video_key": self.camera, "episode_index": number, "episode_chunk": number // size}
+        for name in ("chunk_index", "file_index"):
+            fields[name] = row.get(f"{place}/{name}")
         return only([os.path.join(self.path, self.info[key].format(**fields))])
 
     def rows_of(self, i):
         """Times in seconds (n,) and states (n, A) of all rows of episode i, in the order of their times."""
-        row, columns = self.rows[i], ["episode_index", "timestamp", self.column]
-        file = self._locate("data_path", "data", row)
+        file, row, columns = self.data_files[i], self.rows[i], ["episode_index", "timestamp", self.column]
+        # 1. The whole table, whose columns come in the file's order.
         if file not in self.tables:
             with reading(file):
-                table = read_parquet(file, columns)     # which come in the file's order
-                episodes, times, states = (np.array(table[name].to_pylist()) for name in columns)
-                states = np.float32(states).reshape(-1, len(self.names))
-                order = np.lexsort([times, episodes])
-                self.tables[file] = episodes[order], times[order], states[order]
+                table = read_parquet(file, columns)
+                episodes, times, states = [np.array(table[name].to_pylist()) for name in columns]
+                self.tables[file] = episodes, times, np.float32(states).reshape(-1, len(self.names))
         episodes, times, states = self.tables[file]
-        own = slice(*np.searchsorted(episodes, [row["episode_index"], row["episode_index"] + 1]))
-        times, states = times[own], states[own]
-        check(len(times) == row["length"], f"{self.state_files[i]} has {len(times)} rows, where "
-                                           f"{row['length']} are listed: fetch that file again")
-        odd = np.flatnonzero(abs(np.diff(times) * self.hz - 1) >= 0.5)
-        check(not len(odd), f"{self.state_files[i]} does not go on at {self.hz:g} Hz after rows {odd[:5]}: "
-                            "one is missing or doubled, so fetch or record that episode again")
-        return times, states
+        # 2. The episode's own rows.
+        own = np.flatnonzero(episodes == row["episode_index"])
+        own = own[np.argsort(times[own])]
+        steps = np.diff(times[own]) * self.hz
+        odd = np.flatnonzero(abs(steps - 1) >= 0.5)
+        check(len(own) == row["length"] and not len(odd),
+              f"{self.state_files[i]} has {len(own)} rows where {row['length']} are listed, or does not go "
+              f"on at {self.hz:g} Hz after rows {odd[:5]}: fetch or record that episode again")
+        return times[own], states[own]
 
     def states(self, i):
         return self.rows_of(i)[1][:self.lengths[i]]
 
     def video(self, i):
-        if self.files[i] not in self.mp4s:
-            self.mp4s[self.files[i]] = Mp4(self.files[i])           # with its times, for all episodes in it
-        return EpisodeVideo(self, i, self.mp4s[self.files[i]])
+        file = self.files[i]
+        if file not in self.mp4s:
+            self.mp4s[file] = Mp4(file)  # with its times, for all episodes in it
+        return EpisodeVideo(self, i, self.mp4s[file])
 
 class EpisodeVideo:
     """The square frames of an episode: `video[array of numbers]` -> uint8 (n, S, S, 3)."""
 
     def __init__(self, reader, i, mp4):
         self.reader, self.i, self.mp4 = reader, i, mp4
-        side = (max if reader.fit == "pad" else min)(mp4.shape[1:3])
+        sides = mp4.shape[1:3]
+        side = max(sides) if reader.fit == "pad" else min(sides)
         self.shape = (reader.lengths[i], side, side, 3)
 
     def index(self):
@@ -474,18 +476,17 @@ class EpisodeVideo:
         found = seconds[first:last]
         check(len(found) == len(want) and max(abs(found - want)) < half,
               f"{self.mp4.file} has {len(found)} frames for the {len(want)} rows of episode "
-              f"{row['episode_index']}, and not all at their times: a frame is missing or doubled, so fetch "
-              "or record that episode again")
+              f"{row['episode_index']}, or others than at their times: fetch or record that episode again")
         return np.arange(first, last)[reader.late:]
 
     def __getitem__(self, frames):
         video, side = self.mp4[self.index()[frames]], self.shape[1]
-        top, left = (abs(n - side) // 2 for n in video.shape[1:3])
+        height, width = video.shape[1:3]
+        top, left = abs(height - side) // 2, abs(width - side) // 2
         if self.reader.fit == "crop":
             return video[:, top:top + side, left:left + side]
-        square = np.zeros((len(video), side, side, 3), np.uint8)
-        square[:, top:top + video.shape[1], left:left + video.shape[2]] = video
-        return square
+        bars = [(0, 0), (top, side - height - top), (left, side - width - left), (0, 0)]
+        return np.pad(video, bars)
 
 def read_parquet(file, columns):
     from pyarrow import parquet
@@ -494,18 +495,15 @@ def read_parquet(file, columns):
 # ---- clips ---------------------------------------------------------------------------------------
 
 class Clips(torch.utils.data.Dataset):
-    """All usable clips of one split, in order; `open_clips` makes it and says what an item is.
-
-    shape         of a clip's video: raw (F, H, W, 3) | discrete (T, H, W) | continuous (C, T, H, W)
-    frames, hz    frames in a clip, and how many make a second (after frame_stride)
-    starts        first frame of every clip, counted over all shards; `crossing` clips are not among them
-    path, meta, kind, names, keep, edges and vocab_size are the reader's; action_dim is A"""
+    """All usable clips of one split, in order; `open_clips` makes it and says what an item is. `shape` is
+    that of a clip's video; `hz` frames make a second (after frame_stride); `starts` are the first frames of
+    clips, counted over all shards; `crossing` clips are not among them. All else is the reader's."""
 
     def __init__(self, reader, frames=FRAMES, stride=None, size=None, frame_stride=1):
         self.reader, self.path, self.meta, self.kind = reader, reader.path, reader.meta, reader.kind
         self.names, self.keep, self.action_dim = reader.names, reader.keep, len(reader.names)
         self.edges, self.vocab_size = reader.edges, reader.vocab_size
-        self.bounds = np.cumsum([0, *reader.lengths])               # where each shard begins; last, the end
+        self.bounds = np.cumsum([0, *reader.lengths])  # where each shard begins; last, the end
         if self.kind == "raw":
             self.size = size or reader.video(0).shape[1]
             self.shape = (frames, self.size, self.size, 3)
@@ -513,18 +511,22 @@ class Clips(torch.utils.data.Dataset):
                 height, width = reader.video(i).shape[1:3]
                 check(height == width and (size or height == self.size),
                       f"{file} has frames of {width} x {height}: bring all frames to squares of one size")
-        else:                                                       # as `encode` chose
+        else:  # as `encode` chose
             frames, stride, frame_stride, self.shape = FRAMES, None, 1, reader.shape
         self.frames, self.frame_stride, self.hz = frames, frame_stride, reader.hz / frame_stride
+        self.on_grid = reader.on_grid and (frames, stride, frame_stride) == (FRAMES, None, 1)
+        if self.on_grid and self.kind == "raw":
+            say_once(f"{self.path}: clips begin where those of 1X's tokens do, every 17 frames of a shard")
         self.find_clips(stride or frames * frame_stride)
-        if self.kind != "raw":                                      # a first look; the rest when it is read
+        if self.kind != "raw":  # a first look; the rest when it is read
             for i, k in itertools.product(range(len(reader.lengths)), (0, -1)):
                 self.stored(i, k)
 
     def find_clips(self, step):
-        """Raw windows begin every `step` frames of a recording, stored clips every 17 frames of a shard."""
-        self.stride, span = step, (self.frames - 1) * self.frame_stride + 1     # from first frame to last
-        bounds = self.edges if self.kind == "raw" else self.bounds
+        """Raw windows begin every `step` frames of a recording, stored clips every 17 frames of a shard. So
+        do, `on_grid`, windows of 1X's raw validation split: both models are scored on the same frames."""
+        self.stride, span = step, (self.frames - 1) * self.frame_stride + 1  # from first frame to last
+        bounds = self.edges if self.kind == "raw" and not self.on_grid else self.bounds
         starts = np.concatenate([np.arange(a, b - span + 1, step) for a, b in zip(bounds, bounds[1:])])
         # A recording's number changes at every edge, also where the same segment id comes back.
         is_whole = self.segment(starts) == self.segment(starts + span - 1)
@@ -542,14 +544,11 @@ class Clips(torch.utils.data.Dataset):
 
     def stored(self, i, k):
         """Clip k of shard i of ids or latents, which are checked where they are read."""
-        video, file = self.reader.video(i)[k], self.reader.files[i]
-        if self.kind == "continuous":
-            check(np.isfinite(video).all(), f"{file} is not finite in clip {k}: encode that shard again")
-            return torch.from_numpy(video.astype(np.float32))
-        low, high = video.min(), video.max()
-        check(0 <= low and high < self.vocab_size, f"{file} has ids {low}..{high} in clip {k}, outside "
-              f"0..{self.vocab_size - 1}: fetch or encode that shard again")
-        return torch.from_numpy(video.astype(np.int64))
+        video = torch.from_numpy(np.array(self.reader.video(i)[k]))
+        low, high = (0, self.vocab_size - 1) if self.kind == "discrete" else (-65504, 65504)  # of float16
+        check(low <= video.min() and video.max() <= high, f"{self.reader.files[i]} has values outside "
+              f"{low}..{high} in clip {k}: fetch or encode that shard again")
+        return video.long() if self.kind == "discrete" else video.float()
 
     def states(self, frames):
         """States of these frames of the split, which ascend: (n,) -> float32 (n, A)."""
@@ -602,11 +601,12 @@ def add_source_flags(parser):
 
 def open_reader(folder, split, **source):
     """The reader of one split. `source` chooses among what a LeRobot dataset holds several of."""
+    source = {key: value for key, value in source.items() if value}
     if is_lerobot(folder):
-        return ReaderLeRobot(folder, split, **{key: value for key, value in source.items() if value})
+        return ReaderLeRobot(folder, split, **source)
     for key, value in source.items():
-        check(not value, f"{folder} is no LeRobot dataset, to which --{key} {value} belongs: leave it out")
-    return Reader1X(folder)
+        raise DataError(f"{folder} is no LeRobot dataset, to which --{key} {value} belongs: leave it out")
+    return Reader1X(folder, split)
 
 def open_clips(path, split="train", frames=FRAMES, stride=None, size=None, frame_stride=1, **source):
     """The clips of one split of a data folder, a map-style dataset; DataError for anything inconsistent.
@@ -621,7 +621,7 @@ def open_clips(path, split="train", frames=FRAMES, stride=None, size=None, frame
     source        camera, fit and actions, see ReaderLeRobot
     Token and latent files hold a clip per 17 frames; `encode` chose their stride, size and frame_stride."""
     for key, value in dict(frames=frames, stride=stride, size=size, frame_stride=frame_stride).items():
-        check(value is None or value > 0, f"{path}: {key} is {value!r}: give a positive whole number")
+        check(value is None or value > 0, f"{path}: {key} is {value}: give a positive whole number")
     clips = Clips(open_reader(split_folder(path, split), split, **source), frames, stride, size, frame_stride)
     # Tokenizers take 1 + 8n frames and a size of 8n.
     for key, value, rest in (("frames", frames, 1), ("size", getattr(clips, "size", 8), 0)):
@@ -676,12 +676,14 @@ def action_statistics(clips):
 
 def save(file, content):
     """Writes .npy, .json or an array's bytes."""
-    if file.endswith(".json"):
-        content = json.dumps(content, indent=1).encode()
-
     def write(temporary):
         with open(temporary, "wb") as f:
-            np.save(f, content) if file.endswith(".npy") else f.write(np.ascontiguousarray(content))
+            if file.endswith(".npy"):
+                np.save(f, content)
+            elif file.endswith(".json"):
+                f.write(json.dumps(content, indent=1).encode())
+            else:
+                f.write(np.ascontiguousarray(content))
     write_whole(file, write)
 
 def shard_files(folder, i, suffix):
@@ -704,14 +706,26 @@ def is_whole(folder, i, video_bytes, state_bytes):
     return False
 
 def make_one(folder, make_shard, i):
-    video, *rest = make_shard(i)
-    save_shard(folder, i, ".npy" if video.dtype == np.uint8 else ".bin", video, *rest)
+    video, states, segments = make_shard(i)
+    save_shard(folder, i, ".npy" if video.dtype == np.uint8 else ".bin", video, states, segments)
     return i
 
 def end_with_parent():
     """Without this a pool's processes would wait for work for ever after their parent was killed."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
+    def wait_and_end():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait_and_end, daemon=True).start()
+
+def ahead(pool, n, function, jobs):
+    """map(function, jobs), of which a pool's threads or processes do up to n before their turn."""
+    waiting = []
+    for job in jobs:
+        waiting.append(pool.submit(function, job))
+        if len(waiting) > n:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
 
 def make_split(folder, settings, shards, make_shard, meta, shard_bytes, share=None, progress=True,
                unit="frame", title="drawing"):
@@ -719,8 +733,8 @@ def make_split(folder, settings, shards, make_shard, meta, shard_bytes, share=No
 
     settings     what the folder is made with, a dict; a folder that was made with others is refused
     shards       list of (i, number of units), the units being what the progress bar counts
-    make_shard   i -> (video, states, segments); uint8 video is written as .npy, any other as .bin. For
-                 platforms without fork it is picklable: a functools.partial of a module's function
+    make_shard   i -> (video, states, segments), uint8 video for .npy, any other for .bin; picklable for
+                 platforms without fork: a functools.partial of a module's function
     meta         content of metadata.json, or a function that returns it when all shards are whole
     shard_bytes  i -> (bytes of the video's array, bytes of the states)
     share        (rank, world): this process makes every world-th shard, torchrun's others the rest.
@@ -740,30 +754,28 @@ def make_split(folder, settings, shards, make_shard, meta, shard_bytes, share=No
         return [i for i in units if not is_whole(folder, i, *shard_bytes(i))]
 
     todo = missing()
-    need, free = sum(sum(shard_bytes(i)) for i in todo) / 1e9, shutil.disk_usage(folder).free / 1e9
+    need = sum(sum(shard_bytes(i)) for i in todo) / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
     check(free > need + 0.02, f"{folder} needs {need:.2f} GB, its disk has {free:.2f} GB free: make room")
     # 3. Make our share, here or on all cores.
     rank, world = share or (0, 1)
     mine = [i for i in todo if i % world == rank]
-    workers = 1 if share else min(os.cpu_count(), len(mine), 60)
-    make = functools.partial(make_one, folder, make_shard)
+    make, workers = functools.partial(make_one, folder, make_shard), min(os.cpu_count(), len(mine), 60)
     bar = tqdm(total=sum(units[i] for i in mine), unit=unit, desc=f"{title} {folder}",
                disable=rank > 0 or not progress or not mine)
-    with bar, reading(folder, "is not whole", "run this again"), contextlib.ExitStack() as stack:
-        made = map(make, mine)
-        if workers > 1:
-            pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
-            made = stack.enter_context(pool).map(make, mine)
-        for i in made:
+    pool = ProcessPoolExecutor(max(1, workers), initializer=end_with_parent)
+    with bar, pool, reading(folder, "is not whole", "run this again"):
+        for i in map(make, mine) if share or workers < 2 else ahead(pool, workers, make, mine):
             bar.update(units[i])
     # 4. Other ranks may still be at theirs. metadata.json, written last, makes this a data folder.
+    metadata = f"{folder}/metadata.json"
     if rank == 0:
         while missing():
             time.sleep(0.2)
-        for left in pathlib.Path(folder).rglob("*.tmp"):            # by a process that was killed
+        for left in Path(folder).rglob("*.tmp"):  # by a process that was killed
             left.unlink()
-        save(f"{folder}/metadata.json", meta() if callable(meta) else meta)
-    while not os.path.exists(f"{folder}/metadata.json"):
+        save(metadata, meta() if callable(meta) else meta)
+    while not os.path.exists(metadata):
         time.sleep(0.2)
 
 def synth(out, **options):
@@ -784,11 +796,9 @@ def made_of(clips):
     for i in range(len(clips.reader.lengths)):
         found.update(np.ascontiguousarray(clips.reader.states(i)))
     for file in dict.fromkeys(clips.reader.files):
-        with reading(file), open(file, "rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            for place in (0, size // 2, max(0, size - 65536)):
-                f.seek(place)
-                found.update(f.read(65536) + b"%d" % size)
+        content = open_array(file, np.uint8, -1)
+        for k in (0, len(content) // 2, max(0, len(content) - 65536)):
+            found.update(content[k:k + 65536].tobytes() + b"%d" % len(content))
     return found.hexdigest()
 
 def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, splits=("train", "val"),
@@ -796,9 +806,8 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
     """Raw video -> a data folder of ids (int32) or latents (float16), which is read like the 1X set.
 
     Training clips begin `stride` frames apart, by default as `training_stride` says; those for validation
-    never overlap. `source` is camera, fit and actions, see ReaderLeRobot.
-    Under torchrun shard j belongs to rank j mod WORLD_SIZE. A shard is written whole or not at all and always
-    in the same batches, so a run that was killed goes on where it was and ends in the same bytes."""
+    never overlap. Under torchrun shard j belongs to rank j mod WORLD_SIZE. A shard is written whole or not at
+    all and always in the same batches: a run that was killed goes on where it was, to the same bytes."""
     check(batch > 0, f"{out} cannot be made in batches of {batch}: give a positive --batch")
     # 1. The tokenizer, and what a cache says of it.
     if not device:
@@ -823,74 +832,76 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
 def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     """One split of `encode`: says to `make_split` how a shard is made and what metadata.json holds."""
     # 1. How clips are encoded. The first one shows the shape of all.
+    def read(numbers):
+        return [clips[i] for i in numbers]
+
     def encoded(items):
         video = to_video(torch.stack([item["video"] for item in items])).to(device)
         with torch.inference_mode():
-            latents = tokenizer.encode(video).cpu().numpy()
-        check(np.isfinite(latents).all(), f"{about['path']} turns {clips.where(items[0]['index'])} of "
+            latents = tokenizer.encode(video).cpu()
+        check(latents.isfinite().all(), f"{about['path']} turns {clips.where(items[0]['index'])} of "
               f"{clips.path} into latents that are not finite: give another tokenizer")
-        return latents.astype(STORED[about["kind"]])
+        return latents.numpy().astype(STORED[about["kind"]])
 
-    example = encoded([clips[0]])[0]
+    example = encoded(read([0]))[0]
+    n, sizes = len(clips), (example.nbytes, FRAMES * clips.action_dim * 4)
 
-    # 2. How a shard is made, batch by batch.
+    # 2. How a shard is made, batch by batch. Threads read the next ones while a GPU encodes; the cores of a
+    #    machine without one are busy encoding.
+    shards = [range(n)[a:a + CLIPS_PER_SHARD] for a in range(0, n, CLIPS_PER_SHARD)]
     quiet = not progress or rank_and_world()[0] > 0
-    shards = [range(len(clips))[a:a + CLIPS_PER_SHARD] for a in range(0, len(clips), CLIPS_PER_SHARD)]
+    pool, on_gpu = ThreadPoolExecutor(READERS), device.startswith("cuda")
 
     def make_shard(j):
+        batches = [shards[j][a:a + batch] for a in range(0, len(shards[j]), batch)]
         latents, actions = [], []
-        for a in tqdm(range(0, len(shards[j]), batch), f"shard {j}", leave=False, disable=quiet):
-            items = [clips[i] for i in shards[j][a:a + batch]]
+        bar = tqdm(batches, f"shard {j}", leave=False, disable=quiet)
+        for items in ahead(pool, READERS, read, batches) if on_gpu else map(read, batches):
             latents.append(encoded(items))
-            actions += [item["actions"].numpy() for item in items]
+            actions += [item["actions"] for item in items]
+            bar.update()
         segments = clips.segment(clips.starts[shards[j]])
         return np.concatenate(latents), np.concatenate(actions), np.repeat(segments, FRAMES)
-
-    def shard_bytes(j):
-        return len(shards[j]) * example.nbytes, len(shards[j]) * FRAMES * clips.action_dim * 4
 
     # 3. What metadata.json says. Clips of another stride do not follow one another: they are `windows`.
     layout = {"source": os.path.abspath(clips.path), "size": clips.size, "stride": clips.stride,
               "frame_stride": clips.frame_stride}
-    carried = {"robot", "velocities", "groups", "opened"} & clips.meta.keys()
-    layout.update({key: clips.meta[key] for key in sorted(carried)})
+    for key in ("groups", "opened", "robot", "velocities"):
+        if key in clips.meta:
+            layout[key] = clips.meta[key]
+    found = {"num_shards": len(shards), "query": None, "hz": clips.hz, "num_images": n * FRAMES,
+             "action_dim": clips.action_dim, "names": clips.names, "keep": clips.keep,
+             "segment_ids": "global", "kind": about["kind"], "dtype": str(example.dtype),
+             "clip_shape": example.shape, **layout, "tokenizer": about,
+             "windows": clips.on_grid or clips.stride != FRAMES * clips.frame_stride}
+    if clips.on_grid:  # where in its recording each clip begins, for the list of clips in evaluate.py
+        found["first"] = (clips.starts - clips.edges[clips.segment(clips.starts)]).tolist()
 
     def meta():
-        found = {"num_shards": len(shards), "query": None, "hz": clips.hz, "num_images": len(clips) * FRAMES,
-                 "action_dim": clips.action_dim, "names": clips.names, "keep": clips.keep,
-                 "segment_ids": "global", "kind": about["kind"], "dtype": str(example.dtype),
-                 "clip_shape": example.shape, **layout, "tokenizer": about,
-                 "windows": clips.stride != FRAMES * clips.frame_stride}
-        if about["kind"] == "continuous":               # Flow-HWM standardises every channel
+        if about["kind"] == "continuous":  # Flow-HWM standardises every channel
             files = [shard_files(folder, j, ".bin")[0] for j in range(len(shards))]
-            blocks = (np.memmap(file, example.dtype, "r").reshape(-1, *example.shape) for file in files)
+            blocks = (open_array(file, example.dtype, (-1, *example.shape)) for file in files)
             *_, mean, std = moments(np.moveaxis(x, 1, -1).reshape(-1, len(example)) for x in blocks)
-            std[std == 0] = 1                           # a channel that never changes
+            std[std == 0] = 1  # a channel that never changes
             found.update(latent_mean=mean.tolist(), latent_std=std.tolist())
         return found
 
     # 4. A cache and its source may move together, so settings.json holds the way from one to the other.
-    settings = {**layout, "clips": len(clips), "batch": batch, "tokenizer_sha256": about["sha256"],
+    settings = {**layout, "clips": n, "batch": batch, "tokenizer_sha256": about["sha256"],
                 "source": os.path.relpath(clips.path, folder), "source_sha256": made_of(clips)}
     if not quiet:
-        size = len(clips) * (example.nbytes + FRAMES * clips.action_dim * 4)
-        print(f"{folder}: {len(clips)} clips, one every {clips.stride} of {clips.edges[-1]} frames, in "
-              f"{size / 1e9:.3g} GB")
-    units = [(j, len(ids)) for j, ids in enumerate(shards)]
-    make_split(folder, settings, units, make_shard, meta, shard_bytes, rank_and_world(), progress, "clip",
-               "encoding")
+        print(f"{folder}: {n} clips, one every {clips.stride} of {clips.edges[-1]} frames, in "
+              f"{n * sum(sizes) / 1e9:.3g} GB")
+    units = {j: len(numbers) for j, numbers in enumerate(shards)}
+    with pool:
+        make_split(folder, settings, units, make_shard, meta, lambda j: [units[j] * size for size in sizes],
+                   rank_and_world(), progress, "clip", "encoding")
 
 def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=False, device="cpu", say=print,
                  stride=None, **source):
     """Makes what is missing to train on latents of this kind; returns (their folder, their tokenizer's path).
-
     Without `data` the built-in robot is drawn and encoded; raw video in `data` is encoded if `encode_raw` is
-    True, with `stride` and `source` as `encode` takes them. Under torchrun rank 0 draws, and all ranks
-    encode their shards."""
-    def wait_for_all():
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-
+    True, with `stride` and `source` as `encode` takes them."""
     # 1. The tokenizer and the data that are asked for, or those that come with the house.
     check(not tokenizer or os.path.exists(tokenizer),
           f"there is no tokenizer at {tokenizer}: give a file made by `python tokenizer.py train`")
@@ -898,7 +909,7 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
     folder, rank = data or ROBOT, rank_and_world()[0]
     if not data and rank == 0:
         synth(folder, frames=robot_frames)
-    wait_for_all()
+    barrier()
     clips = open_clips(folder, "train", **source)
     # 2. Raw video becomes latents beside it.
     if clips.kind == "raw":
@@ -909,7 +920,7 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
         say(f"encoding {folder} with {encoder} into {cache}")
         encode(folder, encoder, cache, stride=stride if data else ROBOT_STRIDE, device=device,
                progress=rank == 0, **source)
-        wait_for_all()
+        barrier()
         folder, clips = cache, open_clips(cache, "train")
     # 3. Latents must be of the model's kind, and of the tokenizer that is asked for.
     check(clips.kind == kind, f"{folder} holds {clips.kind} latents, this model is trained on {kind} ones: "
@@ -924,48 +935,52 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
 
 def info(path, **source):
     """Reads all of a data folder but the pixels: counts, what the clips leave out, ranges of the states."""
-    splits = {split: Clips(open_reader(folder, split, **source))
-              for split, folder in split_folders(path).items()}
-    first, found, blocks, counts, dropped = [*splits.values()][0], {}, [], Counter(), Counter()
-    for split, clips in splits.items():
-        # 1. What opening does not look at: all ids or latents, and how many frames a video has.
-        for i, n in enumerate(clips.reader.lengths):
-            video = clips.reader.video(i)
-            if isinstance(video, (Mp4, EpisodeVideo)):
-                video.index()
-            for k in range(0 if clips.kind == "raw" else len(video)):
-                clips.stored(i, k)
+    splits, about = {}, {}
+    for split, folder in split_folders(path).items():
+        splits[split] = clips = Clips(open_reader(folder, split, **source))
+        first = splits[min(splits)]
         for key in ("kind", "hz", "names", "shape"):
             own, other = getattr(clips, key), getattr(first, key)
             check(own == other, f"{clips.path} has {key} = {own}, {first.path} has {other}: make them agree")
+        # 1. What opening does not look at: all ids or latents, and how many frames a video has.
+        for i in range(len(clips.reader.lengths)):
+            video = clips.reader.video(i)
+            if clips.kind != "raw":
+                for k in range(len(video)):
+                    clips.stored(i, k)
+            elif hasattr(video, "index"):
+                video.index()
+            if isinstance(video, Mp4):
+                n, seconds = len(video.times), np.ptp(video.times) * video.tick
+                check(abs(seconds * clips.hz - n + 1) <= 0.02 * n, f"{video.file} plays {n} frames in "
+                      f"{seconds:.4g} s, not at hz = {clips.hz:g}: correct metadata.json, or write it again")
         # 2. What it holds. Windows of 17 frames do not overlap here.
-        size = {"clips": len(clips), "frames": int(clips.edges[-1]), "shards": len(clips.reader.lengths)}
-        left = {"clips over a segment border": clips.crossing,
-                "frames in no clip": size["frames"] - FRAMES * len(clips)}
-        found[split] = {**size, "dropped": left, "segment_ids": clips.reader.segment_ids}
-        counts.update(size)
-        dropped.update(left)
-        blocks.append(map(clips.recording, range(len(clips.edges) - 1)))
-    low, high, mean, std = moments(itertools.chain(*blocks))
-    rows = np.stack([low, high, mean, std], axis=1).tolist()
-    states = {name: dict(zip(("min", "max", "mean", "std"), row)) for name, row in zip(first.names, rows)}
+        about[split] = {"clips": len(clips), "frames": int(clips.edges[-1]), "crossing": clips.crossing,
+                        "shards": len(clips.reader.lengths), "segment_ids": clips.reader.segment_ids}
+    # 3. All splits together.
+    total = {key: sum(s[key] for s in about.values()) for key in ("clips", "frames", "shards", "crossing")}
+    dropped = {"clips over a segment border": total.pop("crossing"),
+               "frames in no clip": total["frames"] - FRAMES * total["clips"]}
+    recordings = [map(clips.recording, range(len(clips.edges) - 1)) for clips in splits.values()]
+    low, high, mean, std = moments(itertools.chain(*recordings))
+    states = {}
+    for name, *row in zip(first.names, low.tolist(), high.tolist(), mean.tolist(), std.tolist()):
+        states[name] = dict(zip(("min", "max", "mean", "std"), row))
     return {"path": os.fspath(path), "kind": first.kind, "hz": first.hz, "action_dim": first.action_dim,
-            "clip_shape": list(first.shape), **counts, "dropped": dropped, "splits": found, "states": states,
+            "clip_shape": list(first.shape), **total, "dropped": dropped, "splits": about, "states": states,
             "constant": [first.names[j] for j in np.flatnonzero(is_constant(low, high))]}
 
 def print_info(found):
-    print(f"{found['path']}: {found['kind']}, a clip's video is {tuple(found['clip_shape'])}, "
-          f"{found['hz']:g} Hz, {found['action_dim']} states a frame")
-    for split, s in found["splits"].items():
-        left = ", ".join(f"{n} {what}" for what, n in s["dropped"].items() if n) or "nothing"
-        print(f"  {split:5} {s['clips']} usable clips of {FRAMES} frames; "
-              f"{s['frames']} frames in {s['shards']} shards; left out: {left}")
-        if s["segment_ids"] != "global" and s["shards"] > 1:
-            print("        segment ids begin anew in every shard: no recording runs on into the next shard")
-    print(f"  {'state':22}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}")
-    for name, s in found["states"].items():
-        values = "".join(f"{x:10.3f}" for x in s.values())
-        print(f"  {name:22}{values}" + "  constant" * (name in found["constant"]))
+    print("{path}: {kind}, a clip's video is {clip_shape}, {hz:g} Hz, {action_dim} states".format(**found))
+    for split, about in found["splits"].items():
+        print(split, "has {clips} usable clips, {frames} frames in {shards} shards".format(**about))
+        if about["segment_ids"] != "global" and about["shards"] > 1:
+            print("    segment ids begin anew in every shard: no recording runs on into the next shard")
+    print("left out:", ", ".join(f"{n} {what}" for what, n in found["dropped"].items()))
+    print(f"{'state':24}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}")
+    for name, values in found["states"].items():
+        print(f"{name:24}{'{min:10.3f}{max:10.3f}{mean:10.3f}{std:10.3f}'.format(**values)}",
+              "constant" * (name in found["constant"]))
 
 def walk():
     """Prints what a clip is, from a few frames of the built-in robot."""
@@ -981,10 +996,10 @@ def walk():
           f"   video {tuple(clip['video'].shape)}, actions {tuple(clip['actions'].shape)}.\n"
           "3. One clock: action k is frame k's state; latent 0 is frame 0, latent i is frames 8i-7..8i.\n"
           "    frame  seconds  latent          LINEAR_VELOCITY  standardised")
-    z = (clip["actions"] - stats["mean"]) / stats["std"]
-    for k in range(FRAMES):
-        part, speed = "past" if k < PAST else "future", clip["actions"][k, 23]
-        print(f"{k:9}{k / clips.hz:9.1f}{math.ceil(k / 8):8}  {part:8}{speed:15.3f}{z[k, 23]:14.3f}")
+    speeds, mean, std = clip["actions"][:, 23], stats["mean"][23], stats["std"][23]
+    for k, speed in enumerate(speeds):
+        part = "past" if k < PAST else "future"
+        print(f"{k:9}{k / robot.HZ:9.1f}{(k + 7) // 8:8}  {part:8}{speed:15.3f}{(speed - mean) / std:14.3f}")
 
 # ---- commands ------------------------------------------------------------------------------------
 

@@ -114,6 +114,32 @@ def test_same_id_at_both_ends_is_not_one_segment(tmp_path):
     assert [int(c["video"][0, 0, 0]) for c in clips] == [1]
 
 
+def test_raw_and_token_sets_of_1x_validate_on_the_same_clips(tmp_path, fake):
+    """TRAPS 32: segments that end within shards, and one that runs on over their border; latents say where theirs begin."""
+    layout = dict(segments=((0, 30), (1, 44), (2, 70)), shards=(53, 91))
+    for split in ("train", "val"):
+        token_split(tmp_path / f"tokens/{split}_v2.0", **layout)
+        raw_split(tmp_path / f"raw/{split}_v2.0", **layout)
+    tokens, raw = (data.open_clips(tmp_path / kind, "val") for kind in ("tokens", "raw"))
+    assert raw.starts.tolist() == tokens.starts.tolist() == [0, 34, 53, 87, 104, 121] and raw.kind == "raw"
+    assert raw.edges.tolist() == tokens.edges.tolist()
+    for a, b in zip(tokens, raw):
+        assert torch.equal(a["actions"], b["actions"]) and torch.equal(shown(b["video"]), b["actions"][:, 0].long())
+    assert data.info(tmp_path / "raw")["splits"]["val"]["clips"] == 6
+    # Where nothing is to be compared, windows begin with the recording: training, own strides, other robots.
+    assert data.open_clips(tmp_path / "raw").starts.tolist() == [0, 30, 47, 74, 91, 108, 125]
+    assert data.open_clips(tmp_path / "raw", "val", stride=17).starts.tolist() == [0, 30, 47, 74, 91, 108, 125]
+    assert data.open_clips(tmp_path / "raw", "val", frame_stride=2).starts.tolist() == [30, 74, 108]
+    own = raw_split(tmp_path / "own/val_v2.0", **layout, hz=10)
+    assert data.open_clips(own, "val").starts.tolist() == [0, 30, 47, 74, 91, 108, 125]
+    # What is encoded from the raw set has lost the places, so that metadata.json holds them.
+    data.encode(str(tmp_path / "raw"), str(fake / "continuous"), str(tmp_path / "out"), progress=False)
+    cache = data.open_clips(tmp_path / "out", "val")
+    assert len(cache) == 6 and cache.meta["first"] == [0, 4, 23, 13, 30, 47] and "first" not in data.open_clips(tmp_path / "out").meta
+    assert all(torch.equal(a["actions"], b["actions"]) for a, b in zip(cache, raw))
+    assert len(cache.more_actions(0, 9)) == 0, "its next clip does not begin where the first ends"
+
+
 def test_opening_reads_no_tokens(tmp_path, monkeypatch):
     """All but the first and last clip of a shard may be anything: they are checked when they are read."""
     folder = token_split(tmp_path / "train_v2.0", ((0, 68),), (68,))
@@ -121,7 +147,7 @@ def test_opening_reads_no_tokens(tmp_path, monkeypatch):
     ids[1, 2, 3, 4] = 64_000
     clips = data.open_clips(tmp_path)
     clips[0], clips[2]
-    with pytest.raises(data.DataError, match="video_0.bin has ids .* in clip 1"):
+    with pytest.raises(data.DataError, match="video_0.bin has values outside 0..63999 in clip 1"):
         clips[1]
 
 
@@ -199,6 +225,16 @@ def test_mp4_with_tags_in_another_encoding(tmp_path):
     assert b"Lavf" in content
     open(file, "wb").write(content.replace(b"Lavf", b"L\xe4vf"))
     assert data.info(tmp_path)["clips"] == 1
+
+
+@pytest.mark.parametrize("rate", [30, 25, 60])
+def test_mp4_of_another_rate(tmp_path, rate):
+    """25 and 60 frames a second, where metadata.json says 30."""
+    mp4_split(tmp_path / "train_v2.0", numbered(40), rate=rate)
+    if rate == 30:
+        return data.info(tmp_path) and None
+    with pytest.raises(data.DataError, match=r"video_0.mp4 plays 40 frames in .* s, not at hz = 30"):
+        data.info(tmp_path)
 
 
 @pytest.mark.parametrize("degrees, matrix, corner", [(0, None, (0, 0)), (90, (0, 1, -1, 0), (0, -1)),
@@ -279,10 +315,10 @@ def test_shard_ind_may_be_missing(tmp_path):
 
 # ---- pixels: RGB stays RGB (TRAPS 20), the range, the resize
 
-def write_mp4(file, frames, **options):
+def write_mp4(file, frames, rate=30, **options):
     av = pytest.importorskip("av")
     with av.open(str(file), "w") as out:
-        stream = out.add_stream("libx264", rate=30, options={"crf": "10", **options})
+        stream = out.add_stream("libx264", rate=rate, options={"crf": "10", **options})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
         for f in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24")))
@@ -586,7 +622,8 @@ def test_a_cache_knows_what_it_was_made_of(tmp_path, fake, change):
         set_value("segment_indices/segment_idx_0.bin", "<i4", slice(30, None), 7)(folder)
     else:
         os.utime(f"{folder}/videos/video_1.npy")
-        return encode()
+        encode()
+        return
     with pytest.raises(data.DataError, match="(source_sha256|clips) .* delete .*out/train_v2.0 to make it anew"):
         encode()
 
@@ -644,6 +681,48 @@ def test_a_cache_may_move_with_its_source(tmp_path, fake, monkeypatch):
     os.rename(tmp_path / "b/raw", tmp_path / "b/other")
     with pytest.raises(data.DataError, match="source = '../../raw/train_v2.0'"):
         data.encode(str(tmp_path / "b/other"), str(fake / "discrete"), str(tmp_path / "b/out"))
+
+
+class Cuda(str):
+    """A device that says it is a GPU, and is none."""
+    def startswith(self, _):
+        return True
+
+
+@pytest.mark.parametrize("suffix", ["npy", "mp4"])
+def test_reading_beside_encoding_changes_no_byte(tmp_path, fake, monkeypatch, suffix):
+    """For a GPU threads read ahead, of an mp4 each with a decoder of its own; what they fail at is the same sentence."""
+    monkeypatch.setattr(data, "CLIPS_PER_SHARD", 9)
+    folder = raw_split(tmp_path / "raw/train_v2.0", ((0, 85),), (85,), size=64)
+    if suffix == "mp4":
+        os.remove(f"{folder}/videos/video_0.npy")
+        write_mp4(f"{folder}/videos/video_0.mp4", numbered(85), g="12", bf="2")
+    encode = functools.partial(data.encode, str(tmp_path / "raw"), str(fake / "discrete"), stride=3, batch=2, progress=False)
+    readers, read = set(), data.Clips.__getitem__
+
+    def spy(clips, i):
+        readers.add(threading.get_ident())
+        time.sleep(0.005)
+        return read(clips, i)
+
+    monkeypatch.setattr(data.Clips, "__getitem__", spy)
+    encode(str(tmp_path / "one"), device="cpu")
+    assert readers == {threading.get_ident()}, "on a CPU the cores are busy encoding"
+    encode(str(tmp_path / "two"), device=Cuda("cpu"))
+    assert len(readers) > 2
+    assert tree(tmp_path / "one") == tree(tmp_path / "two") and len(data.open_clips(tmp_path / "one")) == 23
+    set_value("robot_states/states_0.bin", "<f4", 25 * 80, np.nan)(folder)
+    with pytest.raises(data.DataError, match=r"states_0.bin has states that are not finite at frames \[80\]"):
+        encode(str(tmp_path / "three"), device=Cuda("cpu"))
+
+
+def test_jobs_ahead_are_few():
+    """As many as there are threads, and not one more, are begun before the first result is taken."""
+    begun = []
+    results = data.ahead(data.ThreadPoolExecutor(2), 2, lambda job: begun.append(job) or -job, range(9))
+    assert next(results) == 0
+    time.sleep(0.1)
+    assert begun == [0, 1, 2] and [*results] == [-k for k in range(1, 9)]
 
 
 def encode_message(tmp_path, fake, *options, tokenizer="discrete"):

@@ -1,14 +1,21 @@
-"""LeRobot folders as they lie, written here by pyarrow and PyAV alone, never by the reader's own code."""
+"""LeRobot folders as they lie, written here by pyarrow and PyAV alone, never by the reader's own code.
+
+    python tests/test_lerobot.py data/robot data/robot_v3      # not a test: writes a raw folder as a LeRobot dataset
+"""
+import glob
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-import data
 from conftest import TOY_PRESET
+
+import data
+from examples import robot
 
 av, pa = pytest.importorskip("av"), pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -403,6 +410,85 @@ def test_short_episodes_hold_no_clip(tmp_path):
         data.open_clips(folder, "val", frame_stride=2)
 
 
+# ---- the built-in robot as a LeRobot dataset
+
+def episodes_of(raw, split):
+    """Yields (frames, states) of every recording of a raw split of .npy files, none of which runs over a border of shards."""
+    for i in range(len(glob.glob(f"{raw}/{split}_v2.0/videos/*.npy"))):
+        video = np.load(f"{raw}/{split}_v2.0/videos/video_{i}.npy", mmap_mode="r")
+        ids = np.fromfile(f"{raw}/{split}_v2.0/segment_indices/segment_idx_{i}.bin", "<i4")
+        states = np.fromfile(f"{raw}/{split}_v2.0/robot_states/states_{i}.bin", "<f4").reshape(len(ids), -1)
+        for k in np.unique(ids):
+            yield video[ids == k], states[ids == k]
+
+
+def export_v3(raw, root, camera="observation.images.head", per_file=8):
+    """A raw folder as LeRobot v3.0, without loss: H.264 of RGB pixels (libx264rgb, crf 0). The episodes of the training split,
+    then the first of the validation split, as many as make the reader's last tenth: both folders train on the same frames."""
+    with open(f"{raw}/train_v2.0/metadata.json") as f:
+        fps = json.load(f)["hz"]
+    episodes = [*episodes_of(raw, "train")]
+    n_val = max(1, len(episodes) // 9)
+    episodes += [episode for episode, _ in zip(episodes_of(raw, "val"), range(n_val))]
+    rows, total = [], 0
+    for file in range(-(-len(episodes) // per_file)):
+        columns = {key: [] for key in ("observation.state", "action", "timestamp", "frame_index", "episode_index", "index", "task_index")}
+        video = f"{root}/videos/{camera}/chunk-000/file-{file:03d}.mp4"
+        os.makedirs(os.path.dirname(video), exist_ok=True)
+        with av.open(video, "w") as out:
+            stream = out.add_stream("libx264rgb", rate=int(fps), options={"crf": "0", "g": "20", "preset": "fast"})
+            stream.height, stream.width, stream.pix_fmt = *episodes[0][0].shape[1:3], "rgb24"
+            for frames, states in episodes[file * per_file:][:per_file]:
+                n, first, begin = len(frames), total, len(columns["index"]) / fps
+                columns["observation.state"] += [*states]
+                columns["action"] += [*states[1:], states[-1]]       # the command of frame k is the state at k + 1
+                columns["timestamp"] += [*np.float32(np.arange(n) / fps)]
+                columns["frame_index"] += [*range(n)]
+                columns["episode_index"] += [len(rows)] * n
+                columns["index"] += [*range(first, first + n)]
+                columns["task_index"] += [0] * n
+                for pixels in frames:
+                    out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+                where = {f"{place}/{key}": value for place in ("data", f"videos/{camera}")
+                         for key, value in (("chunk_index", 0), ("file_index", file))}
+                rows.append({"episode_index": len(rows), "tasks": ["move"], "length": n, "dataset_from_index": first,
+                             "dataset_to_index": first + n, **where, f"videos/{camera}/from_timestamp": begin,
+                             f"videos/{camera}/to_timestamp": begin + n / fps})
+                total += n
+            out.mux(stream.encode())
+        write_table(f"{root}/data/chunk-000/file-{file:03d}.parquet", columns)
+    write_table(f"{root}/meta/episodes/chunk-000/file-000.parquet", {key: [row[key] for row in rows] for key in rows[0]})
+    vector = {"dtype": "float32", "shape": [25], "names": list(data.JOINTS)}
+    scalars = {key: {"dtype": "float32" if key == "timestamp" else "int64", "shape": [1], "names": None}
+               for key in ("timestamp", "frame_index", "episode_index", "index", "task_index")}
+    info = {"codebase_version": "v3.0", "robot_type": "built-in", "total_episodes": len(rows), "total_frames": total, "total_tasks": 1,
+            "chunks_size": 1000, "fps": fps, "splits": {"train": f"0:{len(rows)}"},
+            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+            "features": {camera: {"dtype": "video", "shape": list(episodes[0][0].shape[1:]), "names": ["height", "width", "channels"]},
+                         "observation.state": vector, "action": vector, **scalars}}
+    with open(f"{root}/meta/info.json", "w") as f:
+        json.dump(info, f)
+    return str(root)
+
+
+def test_the_built_in_robot_exported_to_v3_gives_the_raw_clips(tmp_path):
+    """Every clip of the training split, pixels and actions alike, and those of the first validation episodes."""
+    for split, lengths in (("train", (40, 25, 17)), ("val", (30, 20))):
+        for i, n in enumerate(lengths):
+            video, states = robot.robot_episode(10 * i + (split == "val"), n, 32)
+            data.save_shard(f"{tmp_path}/raw/{split}_v2.0", i, ".npy", video, states, [i] * n)
+        data.save(f"{tmp_path}/raw/{split}_v2.0/metadata.json", {"num_shards": len(lengths), "hz": 10, "num_images": sum(lengths)})
+    folder = export_v3(tmp_path / "raw", tmp_path / "v3", per_file=3)
+    for split, count in (("train", 24 + 9 + 1), ("val", 14)):
+        raw, exported = (data.open_clips(path, split, stride=1) for path in (tmp_path / "raw", folder))
+        assert len(exported) == count and exported.names == raw.names and exported.hz == raw.hz == 10
+        for i in range(count):
+            assert torch.equal(exported[i]["video"], raw[i]["video"]) and torch.equal(exported[i]["actions"], raw[i]["actions"])
+    commands = data.open_clips(folder, actions="action")
+    assert torch.equal(commands[0]["actions"], data.open_clips(tmp_path / "raw", stride=1)[1]["actions"])
+
+
 # ---- from such a folder to numbers
 
 def test_train_sample_and_score(sets, toy, tmp_path, monkeypatch):
@@ -430,3 +516,7 @@ def test_train_sample_and_score(sets, toy, tmp_path, monkeypatch):
     assert os.listdir("dreams")
     evaluate.main(["--ckpt", "run/ckpt.pt", "--num", "2", "--steps", "1", "--json", "scores.json", "--data", str(folder)])
     assert np.isfinite(json.load(open("scores.json"))["psnr"])
+
+
+if __name__ == "__main__":
+    print(export_v3(*sys.argv[1:]))
