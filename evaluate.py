@@ -32,14 +32,13 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from blocks import VARIANTS, compile_blocks
+from blocks import VARIANTS
 from data import FRAMES, FUTURE, JOINTS, PAST, open_clips
 from examples.robot import robot_render
 from flow_hwm import interpolate, target_velocity
-from sample import (COMMANDS, MODELS, add_sampling_flags, change_actions, check_built_in, check_fit,
-                    check_sampling_flags, commanded, continue_video, distance, follow, load_model,
-                    load_tokenizer_for, plan, plan_by_model, plan_problem, settings_of, spread, through,
-                    to_latents, validation_clips)
+from sample import (AT_ONCE, COMMANDS, MODELS, add_sampling_flags, change_actions, check_sampling_flags,
+                    commanded, continue_video, distance, follow, load_fitting, plan, plan_by_model,
+                    plan_problem, same_noise, set_dtype, spread, through, to_latents)
 from tokenizer import (PRESETS, DataError, Tokenizer, command, count_parameters, fingerprint, psnr,
                        rank_and_world, to_uint8, write_whole)
 from train import barrier, device_of, peak_gb
@@ -203,12 +202,14 @@ def load_inception(file="", say=print):
 
 def frechet(x, y):
     """Frechet distance of two sets of features ([clips,] n, d), each taken for a Gaussian of mean m and
-    covariance S: |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^1/2. With S = R'R, where R comes from a QR
-    decomposition of the centred features, the last trace is the sum of the singular values of R_1 R_2'."""
-    x, y = np.vstack(x), np.vstack(y)
-    m_1, m_2 = x.mean(0), y.mean(0)
-    R_1 = np.linalg.qr(x - m_1, mode="r") / math.sqrt(len(x) - 1)
-    R_2 = np.linalg.qr(y - m_2, mode="r") / math.sqrt(len(y) - 1)
+    covariance S: |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^1/2. With S = R'R, where R holds the
+    centred features, of QR if they are many, the last trace is the sum of the singular values of R_1 R_2'."""
+    def moments(x):
+        mean = x.mean(0)
+        R = (x - mean) / math.sqrt(len(x) - 1)
+        return mean, np.linalg.qr(R, mode="r") if len(R) > len(mean) else R
+
+    (m_1, R_1), (m_2, R_2) = moments(np.vstack(x)), moments(np.vstack(y))
     root = scipy.linalg.svdvals(R_1 @ R_2.T).sum()
     return float(np.square(m_1 - m_2).sum() + np.square(R_1).sum() + np.square(R_2).sum() - 2 * root)
 
@@ -301,9 +302,9 @@ def action_groups(clips, chosen):
 
 def actions_told(model, clips, actions, another, groups):
     """{name: actions (F, A)}, what each dream of a clip is told. All begin with the clip's own nine. The
-    eight that follow are its own ("prediction", "oracle"), those of `another` clip ("shuffled"), that clip's
+    eight that follow are its own ("prediction"), those of `another` clip ("shuffled"), that clip's
     in the columns of one group ("only drive"), or those of a robot that stands still ("frozen")."""
-    told = {"prediction": actions, "oracle": actions}
+    told = {"prediction": actions}
     for name in ("shuffled", "frozen"):
         told[name] = change_actions(name, actions, model, clips, PAST, another)
     for group, columns in groups.items():
@@ -312,32 +313,33 @@ def actions_told(model, clips, actions, another, groups):
     return told
 
 @torch.no_grad()
-def dream_clip(model, tokenizer, clip, told, seed=0, **settings):
-    """A clip of nine frames and n windows of eight -> ({name: frames (8 n, H, W, 3)}, every form of the
-    windows that is compared; the latents of each window (n, [C,] T, H, W)). There is one dream for each name
-    in `told`, all from the same noise; "oracle" is that of a model that knows the first window's latents."""
+def through_windows(model, tokenizer, clip):
+    """A clip of nine frames and n windows of eight -> ({name: frames (8 n, H, W, 3)} of what its dreams are
+    compared with; the latents of each window (n, [C,] T, H, W), as they went through the tokenizer)."""
     video, windows = clip["video"], [clip["video"]]
     is_raw = video.dtype == torch.uint8
     if is_raw:  # with each window the nine frames before it
         windows = video.unfold(0, FRAMES, FUTURE).permute(0, 4, 1, 2, 3)  # (n, 17, H, W, 3)
-
-    # 1. Through the tokenizer, each window by itself: the target, and the past that all dreams begin with.
     z = torch.cat([to_latents(window, tokenizer) for window in windows])
-    past, future = z[:1].tensor_split([model.layout.T_p], dim=-3)
     decoded = to_uint8(tokenizer.decode(z).cpu())  # (n, 17, H, W, 3)
     target = decoded[:, PAST:].flatten(0, 1)
     shown = {"target": target, "copy_last": decoded[0, PAST - 1].expand_as(target)}
     if is_raw:
         shown["raw"] = video[PAST:]
-
-    # 2. The dreams.
-    oracle = SimpleNamespace(layout=model.layout, parameters=model.parameters, sample=lambda *_, **__: future)
-    for name, actions in told.items():
-        noise = torch.Generator().manual_seed(seed + clip["index"])
-        dreamer = oracle if name == "oracle" else model
-        dreamt = continue_video(dreamer, tokenizer, past, actions[None], len(windows), noise, **settings)
-        shown[name] = dreamt[0]
     return shown, z
+
+def dream_clip(model, tokenizer, clip, told, seed=0, **settings):
+    """A clip of 17 frames -> as `through_windows`, with a dream for each name in `told`, all from the same
+    noise; "oracle" is that of a model that knows the latents of the future."""
+    shown, z = through_windows(model, tokenizer, clip)
+    past, future = z.tensor_split([model.layout.T_p], dim=-3)
+    n, noise = len(told), same_noise(seed + clip["index"], len(told))
+    courses = torch.stack([*told.values()])
+    pasts = past.expand(n, *past.shape[1:])
+    films = continue_video(model, tokenizer, pasts, courses, noise=noise, **settings)
+    oracle = SimpleNamespace(layout=model.layout, parameters=model.parameters, sample=lambda *_, **__: future)
+    known = continue_video(oracle, tokenizer, past, courses[:1])
+    return {**shown, **dict(zip(told, films)), "oracle": known[0]}, z
 
 def compare(shown, rows, **measures):
     """The frames of `dream_clip` -> {"psnr_copy_last": scores (frames,), ...}: each measure of each row of
@@ -383,8 +385,8 @@ def speed(model, tokenizer, clips, chosen, **settings):
     if z.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        start, noise = time.perf_counter(), torch.Generator().manual_seed(0)
-        continue_video(model, tokenizer, past, actions, generator=noise, **settings)
+        start = time.perf_counter()
+        continue_video(model, tokenizer, past, actions, **settings)
         seconds = time.perf_counter() - start  # the frames are on the CPU by now
     return len(chosen) / seconds, peak_gb(z.device.type)
 
@@ -407,8 +409,8 @@ def evaluate(model, tokenizer, clips, num=64, seed=0, net=None, **settings):
 
     # 1. Speed, while the other ranks wait: processes that share a machine would time one another.
     if rank == 0:
-        out["batch"] = min(num, 8)
-        out["samples_per_s"], out["peak_gb"] = speed(model, tokenizer, clips, chosen[:8], **settings)
+        out["batch"] = min(num, AT_ONCE)
+        out["samples_per_s"], out["peak_gb"] = speed(model, tokenizer, clips, chosen[:AT_ONCE], **settings)
     barrier()
 
     # 2. Every rank dreams its share of the clips. The clip that lends its actions is half the list away: a
@@ -483,10 +485,19 @@ def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
     opened, found = clips.meta.get("opened", {}), {}
     clips = open_clips(clips.path, "val", frames, None, clips.size, clips.frame_stride, **opened)
     chosen = spread(clips, min(len(clips), 16))
-    for j in tqdm(range(rank, len(chosen), world), desc="rollouts", unit="clip", disable=rank > 0):
-        clip = clips[chosen[j]]
-        shown, _ = dream_clip(model, tokenizer, clip, {"prediction": clip["actions"]}, seed, **settings)
-        found[j] = compare(shown, ROWS, psnr=psnr)
+    batches = range(rank * AT_ONCE, len(chosen), world * AT_ONCE)  # the same for any number of processes
+    for first in tqdm(batches, desc="rollouts", unit="batch", disable=rank > 0):
+        some = [clips[i] for i in chosen[first : first + AT_ONCE]]
+        through, pasts, noise = [], [], []
+        for clip in some:
+            shown, z = through_windows(model, tokenizer, clip)
+            through.append(shown)
+            pasts.append(z[:1].narrow(-3, 0, model.layout.T_p))
+            noise += same_noise(seed + clip["index"], 1)
+        actions = torch.stack([clip["actions"] for clip in some])
+        films = continue_video(model, tokenizer, torch.cat(pasts), actions, windows, noise, **settings)
+        for j, (shown, film) in enumerate(zip(through, films), start=first):
+            found[j] = compare({**shown, "prediction": film}, ROWS, psnr=psnr)
     curves = {}
     for key, scores in gather(found).items():
         curves[key] = scores.reshape(-1, windows, FUTURE).mean((0, 2)).tolist()
@@ -590,7 +601,8 @@ LINES = [  # label, key of the number (and KEY_ci, of its interval), what follow
     ("cross-entropy, future hidden", "cross_entropy", "nats; ln(vocabulary) {ln_vocab:.2f}"),
     ("token accuracy", "token_accuracy", "copying the last latent: {copy_last_token_accuracy:.4f}"),
     ("velocity error, t = 0.05 .. 0.95", "velocity_error", ""),
-    ("samples/s", "samples_per_s", "sampling and decoding {batch} at once on {device}, {peak_gb:.2f} GB"),
+    ("samples/s", "samples_per_s",
+     "sampling and decoding {batch} at once on {device} in {dtype}, {peak_gb:.2f} GB"),
 ]
 
 def text(value):
@@ -651,34 +663,27 @@ def run(args):
     if world > 1:
         dist.init_process_group("gloo")
 
-    # 1. The model and its tokenizer.
-    model, saved = load_model(args.ckpt, args.device, args.weights)
-    if args.compile:
-        compile_blocks(model)
-    tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
-    settings, config = settings_of(saved, args), saved["config"]
-    about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}:"
-    out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
-           "device": args.device}
-    if args.plan:
-        check_built_in(saved)
-        say(f"{about} {args.episodes} episodes, {json.dumps(settings)}, seed {args.seed}")
-        return out | evaluate_plans(model, tokenizer, args.episodes, args.horizon, args.seed, **settings)
-
-    # 2. Clips and Inception. Rank 0 goes first: it draws the built-in robot and fetches Inception if need be.
+    # 1. What is scored. Rank 0 goes first: it draws the built-in robot and fetches Inception if need be.
     if rank > 0:
         barrier()
-    clips, net, features = validation_clips(saved, args.data), None, None
+    model, tokenizer, settings, clips, saved = load_fitting(args.ckpt, args)
+    net, features = None, None
     if args.num < 4 and not args.no_fid:
         say(f"FID and KID are left out: they take at least four clips, and --num is {args.num}")
-    elif not args.no_fid:
+    elif not args.no_fid and not args.plan:
         net, features = load_inception(args.inception, say)
         net.to(args.device)
     if rank == 0:
         barrier()
-    check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
+    dtype, config = set_dtype(model, args), saved["config"]
+    out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
+           "device": args.device, "dtype": dtype}
+    about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device} in {dtype}:"
 
-    # 3. The scores.
+    # 2. The scores.
+    if args.plan:
+        say(f"{about} {args.episodes} episodes, {json.dumps(settings)}, seed {args.seed}")
+        return out | evaluate_plans(model, tokenizer, args.episodes, args.horizon, args.seed, **settings)
     say(f"{about} {args.num} clips of {clips.path}, {json.dumps(settings)}, seed {args.seed}")
     out["fid_features"] = features
     out |= evaluate(model, tokenizer, clips, args.num, args.seed, net, **settings)

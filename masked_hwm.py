@@ -272,12 +272,12 @@ class MaskedHWM(nn.Module):
 
     @torch.no_grad()
     def sample(self, L_p, actions, K=2, temperature=1.0, order="random", mean=False, generator=None,
-               trace=None, same_noise=False):
+               trace=None):
         """Dreams future ids (B, T_f, H, W) after the past ids L_p (B, T_p, H, W), as many as the actions
         (B, F, A) cover. K: steps per frame. order: which of the drawn ids are kept, "random" ones or those of
         greatest "confidence" (MaskGIT). mean: ids are not drawn, but are those nearest to the mean code.
-        trace: a list that receives (L, M) after every step. same_noise: all clips of the batch keep ids in
-        the same order (and where no id is drawn there is no other noise)."""
+        generator: of the noise; a list holds one for each clip, whose dream then does not depend on those
+        beside it. trace: a list that receives (L, M) after every step."""
         levels = self.config.levels if mean else ()
         if mean and not levels:
             raise DataError("a mean takes the digits of ids, which this model does not know: give --no-mean")
@@ -286,16 +286,18 @@ class MaskedHWM(nn.Module):
         L = torch.cat([L_p, L_p.new_zeros(B, T_f, H, W)], dim=1)
         M = torch.ones(B, T_f, H, W, dtype=torch.bool, device=L.device)
         memory = [] if self.config.variant == "split" else None
+        generators = generator if isinstance(generator, list) else [generator] * B
 
         for t in range(T_f):
-            noise = torch.rand(1 if same_noise else B, H * W, generator=generator)
-            rank = ranks(noise).expand(B, -1).to(L.device)
+            noise = torch.stack([torch.rand(H * W, generator=g) for g in generators])
+            rank = ranks(noise).to(L.device)
             for k in range(1, K + 1):
                 # 1. Draw all hidden tokens of frame t at once.
                 hidden = torch.zeros_like(M)
                 hidden[:, t] = M[:, t]
                 logits = self.logits(L, M, actions, where=hidden, memory=memory)
-                ids = choose_ids(logits, temperature, generator, levels)
+                each = zip(logits.chunk(B), generators)  # as many tokens are hidden in every clip
+                ids = torch.cat([choose_ids(rows, temperature, g, levels) for rows, g in each])
                 L[:, T_p:][hidden] = ids
 
                 # 2. By confidence: what is fixed already comes first, with a score above all probabilities.

@@ -31,13 +31,15 @@ from PIL import Image, ImageDraw
 
 import flow_hwm
 import masked_hwm
-from blocks import compile_blocks
+from blocks import cast_products, compile_blocks, faster_dtype, flow_rope, masked_rope
 from data import FUTURE, HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, synth
 from examples import robot
 from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world, to_uint8,
                        to_video, write_whole)
 
 MODELS = {"masked": masked_hwm, "flow": flow_hwm}
+
+AT_ONCE = 8  # dreams in a batch: more are no faster on a CPU, and would take the memory of a GPU
 
 # ---- checkpoints: saving and loading -------------------------------------------------------------
 
@@ -109,11 +111,19 @@ def read_checkpoint(file):
     for part, kind in PARTS.items():
         if not isinstance(content.get(part), kind):
             raise DataError(f"{file} has no {part}, so it is no world model: give a ckpt.pt by train.py")
-    # In older files standardise_actions.mean is called action_mean, and so on.
+    # goes with the old weights: in those, standardise_actions.mean is called action_mean, and so on.
     old, new = "^(action|latent)_(mean|std)$", r"standardise_\1s.\2"
     for part in {"model", "ema"} & content.keys():
         content[part] = {re.sub(old, new, name): tensor for name, tensor in content[part].items()}
     return content
+
+def check_names(saved_in, names, model):
+    """DataError where the saved parameters have other names than the model's."""
+    differ = sorted(set(names) ^ model.state_dict().keys())
+    if differ:
+        raise DataError(f"{saved_in} was made by another version of this code, for its model has other "
+                        f"parameters ({differ[0]} is one of {len(differ)} that only one of both has): train "
+                        "it anew, or check out the commit that made it")
 
 def last_checkpoint(file):
     """The checkpoint to resume from: `file`, or the previous one where `file` is missing or damaged. Rank 0
@@ -147,6 +157,7 @@ def restore(saved, model, optimizer, ema, config, about):
                             f"{value!r}; give the same flags, or another --out")
     # 2. The averaged weights. They are loaded into the model, which knows what part of each this process
     # holds (--shard), and copied from there.
+    check_names(f"the checkpoint in {config.out}", from_rank_0([*saved["ema"]]), model)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     set_model_state_dict(model, saved["ema"], options=options)
     for name, tensor in model.state_dict().items():
@@ -169,10 +180,37 @@ def load_model(file, device="cpu", weights="ema"):
         module = MODELS[saved["config"]["model"]]
         sizes = {**saved["model_config"], "checkpoint_activations": ""}  # that is a matter of training
         model = module.Model(module.Config(**sizes))
+        check_names(file, state, model)
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as e:
         raise DataError(f"{file} was made by other code ({e!r:.99}): give one of this train.py") from None
     return model.to(device).eval().requires_grad_(False), saved
+
+def in_bfloat16(model):
+    """Makes the model sample in bfloat16: weights of products are cast once, here. What its layers add up
+    stays in float32, and so does the tokenizer."""
+    network = "logits" if hasattr(model, "logits") else "velocity"
+    cast_products(model)
+    autocast = torch.autocast(model.standardise_actions.mean.device.type, torch.bfloat16)
+    setattr(model, network, autocast(getattr(model, network)))
+
+def set_dtype(model, args, at_once=AT_ONCE):
+    """Makes the model sample as --dtype and --compile ask -> the name of the type. auto is the type in which
+    a block of the model is faster for `at_once` clips."""
+    c, layout, dtype = model.config, model.layout, args.dtype
+    if dtype == "auto":
+        x = torch.randn(at_once, sum(layout.lengths), c.width, device=args.device)
+        if hasattr(model, "logits"):
+            rest = layout, masked_rope(layout, c.width // c.n_head, x.device)
+        else:
+            time = torch.randn(1, c.time_width, device=args.device)
+            rest = time, layout, flow_rope(layout, c.width // c.n_head, x.device)
+        dtype = from_rank_0(faster_dtype(model.blocks[0], x, *rest, training=False))
+    if dtype == "bfloat16":
+        in_bfloat16(model)
+    if args.compile:
+        compile_blocks(model)
+    return dtype
 
 def export(saved, file):
     """Write what sampling and scoring need, with matrices in half precision: the form of weights/."""
@@ -331,10 +369,24 @@ def to_frames(video, tokenizer):
         return video
     return to_uint8(tokenizer.decode(to_latents(video, tokenizer)).cpu())[0]
 
-@torch.no_grad()
-def continue_video(model, tokenizer, past, actions, windows=1, generator=None, **settings):
+def same_noise(seed, n):
+    """Generators of n dreams that all begin with the same noise."""
+    return [torch.Generator().manual_seed(seed) for _ in range(n)]
+
+def continue_video(model, tokenizer, past, actions, windows=1, noise=None, **settings):
     """Past latents (B, [C,] T_p, H, W), actions (B, 9 + 8 windows, A) -> frames (B, 8 windows, H, W, 3).
-    Every window after the first starts from the last nine frames of the dream itself, encoded again."""
+    noise: a generator for each of the B dreams, so that none depends on those beside it in its batch."""
+    films = []
+    for first in range(0, len(actions), AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        films.append(continue_batch(model, tokenizer, past[some], actions[some], windows,
+                                    generator=noise and noise[some], **settings))
+    return torch.cat(films)
+
+@torch.no_grad()
+def continue_batch(model, tokenizer, past, actions, windows, **settings):
+    """The same for one batch. Every window after the first starts from the last nine frames of the dream
+    itself, encoded again."""
     device = next(model.parameters()).device
     n_p, n_f = model.layout.lengths[2:]  # frames of the past and of the future: 9 and 8
     frames = []
@@ -343,7 +395,7 @@ def continue_video(model, tokenizer, past, actions, windows=1, generator=None, *
             past = tokenizer.encode(video[:, :, -n_p:].clamp(-1, 1))
         first = window * n_f
         course = actions[:, first : first + n_p + n_f].to(device)
-        future = model.sample(past, course, generator=generator, **settings)
+        future = model.sample(past, course, **settings)
         # The decoder is causal: it draws the future from the past and the future.
         video = tokenizer.decode(torch.cat([past, future], dim=-3))
         frames.append(to_uint8(video[:, :, -n_f:].cpu()))
@@ -363,7 +415,7 @@ def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1,
     """Dream on from `num` clips -> {"context" (num, 9, H, W, 3), "truth" (num, 8, H, W, 3), "prediction" and
     "other" (num, 8 windows, H, W, 3)}, uint8. The last two share their noise: only their actions differ."""
     n_p, n_f = model.layout.lengths[2:]
-    rows = {"context": [], "truth": [], "prediction": [], "other": []}
+    context, truth, pasts, courses, noise = [], [], [], [], []
     for i in spread(clips, num):
         # 1. Two courses of action: the recorded, and a changed one ("shuffled": that of a clip far away).
         recorded = longer(model, clips, i, (windows - 1) * n_f)
@@ -371,17 +423,19 @@ def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1,
         changed = change_actions(actions, recorded, model, clips, n_p, another)
         # 2. What both start from, and what really happened.
         video = clips[i]["video"]
-        latents = to_latents(video, tokenizer)
-        past = latents.narrow(-3, 0, model.layout.T_p)
         frames = to_frames(video, tokenizer)
-        rows["context"].append(frames[:n_p])
-        rows["truth"].append(frames[n_p:])
+        context.append(frames[:n_p])
+        truth.append(frames[n_p:])
+        past = to_latents(video, tokenizer).narrow(-3, 0, model.layout.T_p)
         # 3. Two dreams. The noise of a clip is its own, whichever clips are dreamt beside it.
-        for row, course in (("prediction", recorded), ("other", changed)):
-            generator = torch.Generator().manual_seed(seed + i)
-            dreamt = continue_video(model, tokenizer, past, course[None], windows, generator, **settings)
-            rows[row].append(dreamt[0])
-    return {row: torch.stack(videos).numpy() for row, videos in rows.items()}
+        pasts += [past, past]
+        courses += [recorded, changed]
+        noise += same_noise(seed + i, 2)
+    pasts, courses = torch.cat(pasts), torch.stack(courses)
+    films = continue_video(model, tokenizer, pasts, courses, windows, noise, **settings)
+    rows = {"context": torch.stack(context), "truth": torch.stack(truth),
+            "prediction": films[0::2], "other": films[1::2]}
+    return {row: frames.numpy() for row, frames in rows.items()}
 
 @torch.no_grad()
 def trace(model, tokenizer, clips, num=4, seed=0, **settings):
@@ -391,9 +445,8 @@ def trace(model, tokenizer, clips, num=4, seed=0, **settings):
     for i in spread(clips, num):
         past = to_latents(clips[i]["video"], tokenizer).narrow(-3, 0, model.layout.T_p)
         actions = clips[i]["actions"].to(past.device)
-        generator = torch.Generator().manual_seed(seed + i)
         steps, strip = [], []
-        model.sample(past, actions[None], generator=generator, trace=steps, **settings)
+        model.sample(past, actions[None], generator=same_noise(seed + i, 1), trace=steps, **settings)
         for step in steps:
             if tokenizer.kind == "discrete":
                 latents, hidden = step
@@ -488,9 +541,8 @@ def plan_by_model(model, tokenizer, frames, states, goal, horizon=1, seed=0, **s
         future = torch.from_numpy(commanded(commands, states))
         n = len(future)
         actions = torch.cat([known.expand(n, -1, -1), future], dim=1)
-        noise = torch.Generator().manual_seed(seed)
-        return continue_video(model, tokenizer, past.expand(n, *past.shape[1:]), actions, horizon, noise,
-                              same_noise=True, **settings).numpy()
+        return continue_video(model, tokenizer, past.expand(n, *past.shape[1:]), actions, horizon,
+                              same_noise(seed, n), **settings).numpy()
 
     goal = through(tokenizer, goal[None, None])[0, 0]
     commands = plan(lambda tries: imagine(tries)[:, -1], goal, horizon, seed)
@@ -650,6 +702,8 @@ def add_sampling_flags(p, nargs=None):
     p.add_argument("--order", choices=["random", "confidence"], help="masked: which ids stay first")
     p.add_argument("--method", choices=["euler", "midpoint"], help="flow: the solver")
     p.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged, or the last")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                   help="of the model's products; auto: whichever is faster here")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow to begin")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -658,19 +712,23 @@ def load_fitting(file, args):
     """-> model, tokenizer, the sampler's settings, clips and what else the checkpoint says, as the flags ask.
     DataError where they do not fit together."""
     model, saved = load_model(file, args.device, args.weights)
-    if args.compile:
-        compile_blocks(model)
-    settings = settings_of(saved, args)
-    if args.play and args.steps is None and "cfg" in settings:
-        settings["steps"] = 3
-        print(f"{file} is played with 3 Euler steps, for ten frames a second; --steps asks for more")
+    settings, clips = settings_of(saved, args), None
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
     if args.plan:  # its problems are drawn, not recorded
         check_built_in(saved)
-        return model, tokenizer, settings, None, saved
-    clips = validation_clips(saved, args.data)
-    check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
+    else:
+        clips = validation_clips(saved, args.data)
+        check_fit(model, tokenizer, clips, saved["tokenizer"].get("sha256", ""))
     return model, tokenizer, settings, clips, saved
+
+def load_player(file, args):
+    """What examples/play.py takes of a checkpoint: a dream at a time, and soon."""
+    model, tokenizer, settings, clips, _ = load_fitting(file, args)
+    set_dtype(model, args, at_once=1)
+    if args.steps is None and "cfg" in settings:
+        settings["steps"] = 3
+        print(f"{file} is played with 3 Euler steps, for ten frames a second; --steps asks for more")
+    return model, tokenizer, settings, clips
 
 def check_sampling_flags(args):
     """DataError for numbers that make no sense, and for a device that is not there."""
@@ -680,6 +738,7 @@ def check_sampling_flags(args):
         value = getattr(args, name, None)
         if value is not None and not low <= value < math.inf:
             raise DataError(f"--{name} {value} makes no sense: give at least {low}")
+    torch.backends.cuda.matmul.allow_tf32 = True  # where a GPU computes float32
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:  # torch's ways to say: no such device
@@ -708,14 +767,14 @@ def main(argv=None):
         export(read_checkpoint(ckpt), args.export)
         print(f"wrote {args.export}: {os.path.getsize(args.export) / 1e6:.1f} MB")
         return
-    # 1. The model, its tokenizer and clips, and that they fit together.
-    model, tokenizer, settings, clips, saved = load_fitting(ckpt, args)
     if args.play:
         from examples.play import play  # not above, for it takes its dreams from here
-        players = [(model, tokenizer, settings, clips), *(load_fitting(file, args)[:4] for file in others)]
-        return play(players, args.seed, args.port)
-    config = saved["config"]
-    about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device}: {args.num}"
+        return play([load_player(file, args) for file in args.ckpt], args.seed, args.port)
+    # 1. The model, its tokenizer and clips, and that they fit together.
+    model, tokenizer, settings, clips, saved = load_fitting(ckpt, args)
+    dtype, config = set_dtype(model, args), saved["config"]
+    about = (f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device} in {dtype}: "
+             f"{args.num}")
     if args.plan:
         print(f"{about} problems of planning, {json.dumps(settings)}")
     else:

@@ -132,7 +132,7 @@ class Game:
             states.append(state)
         past = to_latents(torch.from_numpy(self.frames), tokenizer)
         actions = torch.from_numpy(np.stack(states))[None]
-        frames = continue_video(model, tokenizer, past, actions, generator=self.generator, **settings)
+        frames = continue_video(model, tokenizer, past, actions, noise=[self.generator], **settings)
         return list(zip(states[len(self.states):], frames[0].numpy()))
 
     def shown(self):
