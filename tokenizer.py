@@ -24,6 +24,7 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -559,6 +560,33 @@ def remembered_signals():
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+class Writer:
+    """`write_whole` in a thread, one file at a time, while the caller goes on. What fails there is raised by
+    the next call of any method. Leaving the with statement waits for the last file."""
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = self.thread.submit(int)  # at first, nothing
+
+    def __call__(self, file, write):
+        self.wait()
+        self.writing = self.thread.submit(write_whole, file, write)
+
+    def wait(self):
+        self.writing.result()
+
+    def check(self):
+        if self.writing.done():
+            self.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failure, *_):
+        self.thread.shutdown()
+        if failure is None:
+            self.wait()
 
 def ignore_signals(_):
     """For processes that read clips: Ctrl-C reaches them, too, but when to stop is for the loop to say."""

@@ -33,7 +33,7 @@ from blocks import VARIANTS, compile_blocks, count_flops, faster_dtype, knob
 from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare_data, split_folders
 from sample import (MODELS, describe, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
                     save_best, save_checkpoint, save_curve, save_gif, settings_of, spread, whole)
-from tokenizer import (barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
+from tokenizer import (Writer, barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
                        join_processes, peak_gb, rank_and_world, remembered_signals, write_whole)
 
 # ---- the knobs of a run --------------------------------------------------------------------------
@@ -79,7 +79,8 @@ class TrainConfig:
     # what is written
     val_every: int = knob(0, "steps from one validation to the next; default: 14 in a run; -1: none", low=-1)
     log_every: int = knob(20, "steps from one line of log.jsonl to the next", low=1)
-    save_every: int = knob(500, "steps from one checkpoint to the next", low=1)
+    save_every: int = knob(0, "steps from one checkpoint to the next; default: by time", low=0)
+    save_minutes: float = knob(5.0, "minutes from one checkpoint to the next, without --save_every", low=0)
     sample_every: int = knob(1000, "steps from one GIF to the next; 0: only at the end, -1: never", low=-1)
     options: dict = field(default_factory=dict)  # of the model, unlike its preset: {"n_layer": 8}
 
@@ -203,11 +204,13 @@ def train(config):
     last = min(config.steps, config.stop_after or config.steps)
     asked = 0  # by how many signals, on all processes together, the run was asked to stop
 
-    with lock, remembered_signals() as signals:
+    save_at = time.perf_counter() + 60 * config.save_minutes
+
+    with lock, remembered_signals() as signals, Writer() as writer:
         while step < last and not asked:
             # Forward and backward, for every micro-batch. The model returns a sum of losses and their number
             # (of clips, or of hidden tokens): a mean of means would give the tokens unequal weights.
-            total = torch.zeros(3, device=device)  # sum of losses, their number, number of signals
+            total = torch.zeros(4, device=device)  # losses, their number, signals, votes for a checkpoint
             for micro in range(config.accum):
                 ends_step = micro == config.accum - 1  # only then are gradients averaged over processes
                 if config.shard:
@@ -221,8 +224,9 @@ def train(config):
                 total[1] += count
                 video, actions, draws = next(batches)  # of the next round, while a GPU is at work on this one
             total[2] = len(signals)
+            total[3] = not config.save_every and time.perf_counter() > save_at
             dist.all_reduce(total)
-            loss, count, asked = total.tolist()
+            loss, count, asked, votes = total.tolist()
             count = max(count, 1)  # in a small batch no token at all may be hidden
             loss = loss / count
 
@@ -252,9 +256,12 @@ def train(config):
             if found or is_due(config.log_every, step, ends):
                 log.write(step, loss=loss, lr=lr, grad_norm=norm, **found)
             if found and log.best().get("step") == step:
-                save_best(f"{config.out}/ckpt_best.pt", ema, step, config, about)
-            if is_due(config.save_every, step, ends):
-                save_checkpoint(file, model, optimizer, ema, step, config, about)
+                save_best(f"{config.out}/ckpt_best.pt", ema, step, config, about, writer)
+            if is_due(config.save_every, step, ends or votes > 0):
+                writer.wait()  # why before: two copies of the state may be too many for the memory
+                save_checkpoint(file, model, optimizer, ema, step, config, about, writer)
+                save_at = time.perf_counter() + 60 * config.save_minutes
+            writer.check()
             if is_due(config.sample_every, step, step == config.steps):
                 show(config, about, sizes, ema, folder, step, device)
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from types import SimpleNamespace
 
@@ -153,7 +154,7 @@ def test_micro_batches_by_themselves(toy, monkeypatch):
 
 
 @pytest.mark.parametrize("name, value", [("steps", -5), ("lr", -1), ("lr", float("nan")), ("batch", -2), ("ema", 1.0), ("log_every", 0),
-                                         ("save_every", 0), ("weight_decay", -0.1), ("grad_clip", -1), ("accum", -1),
+                                         ("save_every", -1), ("save_minutes", -1), ("weight_decay", -0.1), ("grad_clip", -1), ("accum", -1),
                                          ("seed", 2**24), ("seed", -1)])
 def test_bad_numbers_are_one_sentence_before_any_work(tmp_path, monkeypatch, name, value):
     monkeypatch.chdir(tmp_path)
@@ -535,6 +536,83 @@ def test_resume_without_a_usable_checkpoint(toy, trained, tmp_path, content):
         with open(f"{trained['masked']}/ckpt.pt", "rb") as f:
             (tmp_path / "run" / "ckpt.pt").write_bytes(f.read()[:3000])
     assert "ckpt.pt" in ends(training.main, *flags(toy, tmp_path / "run", resume=True))
+
+
+# ---- checkpoints are written while training goes on
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """What is written waits until the update from step 2 to 3 has begun, which calls all of `then`. -> `then`, `begun`"""
+    begun, save, rate, then = threading.Event(), torch.save, training.learning_rate, []
+
+    def slow(*args, **options):
+        assert begun.wait(60), "training waits for the disk"
+        save(*args, **options)
+
+    def notice(config, step):
+        if step == 2:
+            [f() for f in then]
+            begun.set()
+        return rate(config, step)
+
+    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr(training, "learning_rate", notice)
+    return SimpleNamespace(then=then, begun=begun)
+
+
+@pytest.mark.parametrize("file, due", [("ckpt_previous.pt", dict(save_every=2, val_every=-1)), ("ckpt_best.pt", dict(val_every=2))])
+def test_training_goes_on_while_a_checkpoint_is_written(toy, tmp_path, monkeypatch, request, file, due):
+    """And what is written is the state of its step, although the weights move on before it is."""
+    run(toy, tmp_path / "a", steps=5, stop_after=2, lr=0.01, **due)
+    request.getfixturevalue("slow_disk")
+    run(toy, tmp_path / "b", steps=5, stop_after=3, lr=0.01, **due)
+    late, straight = read(tmp_path / "b", file), read(tmp_path / "a", file.replace("_previous", ""))
+    assert late["step"] == 2 and read(tmp_path / "b")["step"] == 3
+    for part in {"model", "ema", "optimizer"} & straight.keys():
+        tensors, others = (torch.utils._pytree.tree_leaves(saved[part]) for saved in (late, straight))
+        pairs = [(a, b) for a, b in zip(tensors, others, strict=True) if isinstance(a, torch.Tensor)]
+        assert len(pairs) > 20 and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("last", [20, 500])
+def test_a_failure_of_the_writing_thread_ends_the_run(toy, tmp_path, monkeypatch, last):
+    """Long before the next checkpoint, and at the end where the last one fails."""
+    def full(saved, name):
+        raise RuntimeError("disk is full")
+
+    monkeypatch.setattr(torch, "save", full)
+    sentence = ends(training.main, *flags(toy, tmp_path, steps=500, save_every=20, stop_after=last, val_every=-1))
+    assert "ckpt.pt cannot be written" in sentence and len(log(tmp_path)) < 40
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written(toy, tmp_path, slow_disk):
+    slow_disk.then.append(interrupt)
+    run(toy, tmp_path, steps=50, save_every=2, val_every=-1)
+    assert read(tmp_path)["step"] == 4 and read(tmp_path, "ckpt_previous.pt")["step"] == 2
+    assert len(run(toy, tmp_path, steps=50, stop_after=5, val_every=-1, resume=True)) == 5
+
+
+def test_a_second_ctrl_c_while_a_checkpoint_is_written(toy, tmp_path, monkeypatch, slow_disk):
+    """Training stops at once, but the file that is being written is finished."""
+    now = iter([0, 2])
+    monkeypatch.setattr(tok.time, "monotonic", lambda: next(now, 4))
+    slow_disk.then.extend([interrupt, threading.Timer(0.3, slow_disk.begun.set).start, interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, tmp_path, steps=50, save_every=2, val_every=-1)
+    assert read(tmp_path)["step"] == 2 and not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("due, steps", [(dict(), [3]), (dict(save_minutes=0.0), [1, 2, 3]), (dict(save_minutes=0.0, save_every=2), [2, 3])])
+def test_checkpoints_are_due_by_time_or_by_steps(toy, tmp_path, monkeypatch, due, steps):
+    seen = []
+    monkeypatch.setattr(training, "save_checkpoint", lambda *args: seen.append(args[4]))
+    run(toy, tmp_path, steps=3, val_every=-1, **due)
+    assert seen == steps
 
 
 # ---- how a batch is divided changes nothing
