@@ -25,7 +25,6 @@ from glob import escape, glob
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from PIL import Image, ImageDraw
 
@@ -149,7 +148,7 @@ def restore(saved, model, optimizer, ema, config, about):
                             f"{value!r}; give the same flags, or another --out")
     # 2. The averaged weights. They are loaded into the model, which knows what part of each this process
     # holds (--shard), and copied from there.
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=rank_and_world()[1] > 1)
     set_model_state_dict(model, saved["ema"], options=options)
     for name, tensor in model.state_dict().items():
         ema[name].copy_(tensor)

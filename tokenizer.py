@@ -512,8 +512,12 @@ def barrier():
     if dist.is_initialized():
         dist.barrier()
 
-def device_of():
-    """("cuda" or "cpu", this process's torch.device)"""
+def device_of(asked=""):
+    """("cuda", "cpu" or, where it is asked for, "mps"; this process's torch.device)"""
+    if asked == "mps":
+        if not torch.backends.mps.is_available() or rank_and_world()[1] > 1:
+            raise DataError("--device mps needs Apple's GPU, and no other process: leave one of them out")
+        return "mps", torch.device("mps")
     if not torch.cuda.is_available():
         return "cpu", torch.device("cpu")
     here, n = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -521,6 +525,11 @@ def device_of():
         raise DataError(f"there are {n} CUDA devices for {here} processes: give --nproc_per_node={n}, or "
                         "train on the CPU with CUDA_VISIBLE_DEVICES=")
     return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+def sum_over_processes(x):
+    """Adds up a tensor in place. gloo knows no tensors on Apple's GPU, but there the process is alone."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(x)
 
 def from_rank_0(x):
     """What x is in the first process, in all of them: others may run on machines that lack its files."""

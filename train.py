@@ -14,6 +14,8 @@ and to resume at step n is to read on at position n * batch.
 import argparse
 import contextlib
 import copy
+import functools
+import inspect
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass, field, fields
 from statistics import mean
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -34,7 +37,8 @@ from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare
 from sample import (MODELS, describe, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
                     save_best, save_checkpoint, save_curve, save_gif, settings_of, spread, whole)
 from tokenizer import (Writer, barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
-                       join_processes, peak_gb, rank_and_world, remembered_signals, write_whole)
+                       join_processes, peak_gb, rank_and_world, remembered_signals, sum_over_processes,
+                       write_whole)
 
 # ---- the knobs of a run --------------------------------------------------------------------------
 
@@ -62,6 +66,8 @@ class TrainConfig:
     grad_clip: float = knob(1.0, "largest norm of the gradient", low=1e-12)
     ema: float = knob(0.999, "decay of the averaged weights, which are sampled from; 0: none", low=0, below=1)
     # speed and memory
+    device: str = knob("", "mps: Apple's GPU, on which nobody has tried it; default: a CUDA GPU, or the CPU",
+                       choices=("mps",))
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile the blocks")
     checkpoint_activations: str = knob(
@@ -142,7 +148,7 @@ def train(config):
     """A run, from its knobs to its last checkpoint. Unusable input raises DataError, in one sentence."""
     # 1. Processes. One that runs alone is a group of one, so that nothing below asks whether a group exists.
     rank, world = rank_and_world()
-    kind, device = device_of()
+    kind, device = device_of(config.device)
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -181,7 +187,8 @@ def train(config):
 
     # 5. The first micro-batch. Its operations are counted: backward costs twice what forward does. And auto
     # becomes the number type that is faster on it, or that of before, for other types give other losses.
-    stream = Stream(clips, model.draw, config.seed)
+    light = SimpleNamespace(config=sizes, layout=model.layout)  # no weights, for readers of clips get a copy
+    stream = Stream(clips, functools.partial(module.Model.draw, light), config.seed)
     batches = micro_batches(stream, config, step, device)
     video, actions, draws = next(batches)
     inputs = []
@@ -225,7 +232,7 @@ def train(config):
                 video, actions, draws = next(batches)  # of the next round, while a GPU is at work on this one
             total[2] = len(signals)
             total[3] = not config.save_every and time.perf_counter() > save_at
-            dist.all_reduce(total)
+            sum_over_processes(total)
             loss, count, asked, votes = total.tolist()
             count = max(count, 1)  # in a small batch no token at all may be hidden
             loss = loss / count
@@ -291,7 +298,10 @@ def distribute(model, config, device):
     if dist.get_world_size() == 1:
         return model
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Buffers, which are equal everywhere, are not sent anew with every step. Torch 2.13 renamed the argument.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{sync: False})
 
 # ---- validation ----------------------------------------------------------------------------------
 
@@ -345,7 +355,7 @@ class Validation:
         if hasattr(self.model, "reshard"):  # with --shard averaged weights have been gathered: let go of them
             self.model.reshard()
         exchange(self.model, ema)
-        dist.all_reduce(total)
+        sum_over_processes(total)
         true, other, n = total
         found = {"val_loss": (true / n).item(), "action_share": (other / true).item()}
         return {**found, "val_seconds": time.perf_counter() - start}

@@ -1,6 +1,8 @@
 """train.py: the loop, its checkpoints, resuming, several processes, and what bad input ends in."""
+import functools
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -463,10 +465,32 @@ def test_memory_on_other_systems(toy, tmp_path, monkeypatch):
     """macOS counts in bytes, Linux in kilobytes; Windows has no such module."""
     usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=600_000_000))
     monkeypatch.setitem(sys.modules, "resource", usage)
-    monkeypatch.setattr(tok.sys, "platform", "darwin")
-    assert training.peak_gb("cpu") == 0.6
+    with monkeypatch.context() as m:
+        m.setattr(tok.sys, "platform", "darwin")
+        assert training.peak_gb("cpu") == 0.6
     monkeypatch.setitem(sys.modules, "resource", None)
     assert "peak_gb" not in run(toy, tmp_path, steps=1)[0]
+
+
+def test_a_machine_without_fork_and_locks(toy, tmp_path, monkeypatch):
+    """As Windows: processes that read clips are started anew and get a pickled stream, which is small, for it holds no
+    weights; folders cannot be locked."""
+    straight = run(toy, tmp_path / "a", "flow", steps=2)
+    sizes, dumps = [], pickle.dumps
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(training, "DataLoader", functools.partial(training.DataLoader, multiprocessing_context="spawn"))
+    original = training.Stream.__init__
+
+    def measured(stream, *args):
+        original(stream, *args)
+        sizes.append(len(dumps(stream)))
+
+    monkeypatch.setattr(training.Stream, "__init__", measured)
+    for name in ("b", "b"):  # the second run keeps the first
+        assert losses(run(toy, tmp_path / name, "flow", steps=2, workers=1, val_every=-1)) == losses(straight)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "b.1"] and "peak_gb" not in log(tmp_path / "b")[0]
+    assert max(sizes) < 0.1 * os.path.getsize(tmp_path / "a" / "ckpt.pt")
 
 
 def test_compiling_without_a_compiler_is_one_sentence(toy, tmp_path, monkeypatch):
@@ -699,7 +723,9 @@ def two_processes(toy, tmp_path_factory):
             job.kill()
     for job, (_, err) in zip(jobs, out):
         assert job.returncode == 0, err[-3000:]
-    (root / "out_1.txt").write_text(out[1][0])
+    for rank in range(2):
+        (root / f"out_{rank}.txt").write_text(out[rank][0])
+        (root / f"err_{rank}.txt").write_text(out[rank][1])
     return root
 
 
@@ -747,6 +773,12 @@ def test_only_the_first_process_prints(two_processes):
     assert not (two_processes / "out_1.txt").read_text()
 
 
+def test_torch_warns_of_nothing(two_processes):
+    """Of no argument that a later torch will not know, say."""
+    said = (two_processes / "err_0.txt").read_text()
+    assert "training" in said and not re.findall(r".*Warning.*", said)
+
+
 # ---- bad input
 
 
@@ -756,6 +788,30 @@ def test_more_processes_than_gpus_are_one_sentence(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(data.DataError, match="--nproc_per_node=1"):
         training.device_of()
+
+
+@pytest.mark.parametrize("there, world", [(False, 1), (True, 2)])
+def test_apples_gpu_is_one_processs_alone(monkeypatch, there, world):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(data.DataError, match="--device mps"):
+        training.device_of("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert training.device_of("mps") == ("mps", torch.device("mps"))
+    assert training.device_of()[0] != "mps", "it is nobody's default"
+
+
+@both
+def test_training_on_a_device_that_gloo_does_not_know(toy, tmp_path, monkeypatch, model):
+    """As with Apple's GPU: the CPU stands in for it, and no tensor may pass between processes, nor through a GPU's functions."""
+    straight = run(toy, tmp_path / "a", model, steps=4, val_every=2)
+    monkeypatch.setattr(training, "device_of", lambda asked: (asked, torch.device("cpu")))
+    for name in ("all_reduce", "broadcast", "_broadcast_coalesced"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: pytest.fail("a tensor for other processes"))
+    run(toy, tmp_path / "b", model, steps=4, val_every=2, device="mps", stop_after=2)
+    resumed = run(toy, tmp_path / "b", model, steps=4, val_every=2, device="mps", resume=True)
+    assert losses(resumed) == losses(straight) and resumed[-1]["val_loss"] == straight[-1]["val_loss"]
 
 
 def test_another_tokenizer_than_the_datas_is_refused_at_once(toy, tmp_path):
