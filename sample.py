@@ -25,7 +25,6 @@ from glob import escape, glob
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from PIL import Image, ImageDraw
 
@@ -45,14 +44,14 @@ AT_ONCE = 8  # dreams in a batch: more are no faster on a CPU, and would take th
 
 PARTS = {"ema": dict, "config": dict, "model_config": dict, "tokenizer": dict, "data": dict, "step": int}
 MAY_CHANGE = {  # options that may differ when a run is resumed, because its losses do not depend on them ...
-    "resume", "stop_after", "log_every", "save_every", "sample_every", "val_every", "workers", "compile",
-    "out", "shard", "dtype", "encode", "accum", "preset", "checkpoint_activations", "tokenizer",
-    "data", "steps", "options"}  # ... or because train.py compares what they stand for
+    "resume", "stop_after", "log_every", "save_every", "save_minutes", "sample_every", "val_every", "workers",
+    "compile", "out", "shard", "dtype", "device", "encode", "accum", "preset", "checkpoint_activations",
+    "tokenizer", "data", "steps", "options"}  # ... or because train.py compares what they stand for
 
 def whole(state):
-    """{name: tensor} as it is saved: on the CPU, and gathered where --shard has divided it."""
+    """{name: tensor} as it is saved: a copy on the CPU, gathered where --shard has divided it."""
     gathered = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
-    return {name: t.detach().cpu() for name, t in gathered.items()}
+    return {name: t.detach().to("cpu", copy=True) for name, t in gathered.items()}
 
 def describe(config, sizes, folder, clips, tokenizer):
     """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
@@ -68,14 +67,16 @@ def describe(config, sizes, folder, clips, tokenizer):
     tokenizer = {**meta.get("tokenizer", {}), "path": tokenizer}
     return {"model_config": asdict(sizes), "data": data, "tokenizer": tokenizer}
 
-def save_checkpoint(file, model, optimizer, ema, step, config, about):
+def save_checkpoint(file, model, optimizer, ema, step, config, about, writer=write_whole):
     """Write all that resuming, sampling and scoring need to one file; the one before is kept as _previous.pt.
     ema: {name: averaged weight}. config: the run's dataclass. about: {"model_config", "tokenizer", "data"};
-    "data" holds "names" and "hz" of the states. Every process must call this; rank 0 writes."""
+    "data" holds "names" and "hz" of the states. Every process must call this; rank 0 writes. With a
+    tokenizer.Writer it does so while the training goes on, so that what is written must be a copy."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # it takes a second
-    # A GPU's memory is spared by moving to the CPU. On a CPU that would only make a second copy.
-    options = StateDictOptions(full_state_dict=True, cpu_offload=torch.cuda.is_available())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
+    if next(model.parameters()).is_cpu:
+        weights, moments = copy.deepcopy((weights, moments))
     saved = {"model": weights, "ema": whole(ema), "optimizer": moments, "step": step,
              "rng": torch.get_rng_state(), "config": asdict(config), **about}
 
@@ -85,13 +86,13 @@ def save_checkpoint(file, model, optimizer, ema, step, config, about):
             os.replace(file, file.replace(".pt", "_previous.pt"))
 
     if rank_and_world()[0] == 0:
-        write_whole(file, write)
+        writer(file, write)
 
-def save_best(file, ema, step, config, about):
+def save_best(file, ema, step, config, about, writer=write_whole):
     """The same without what resuming needs."""
     saved = {"ema": whole(ema), "step": step, "config": asdict(config), **about}
     if rank_and_world()[0] == 0:
-        write_whole(file, lambda temporary: torch.save(saved, temporary))
+        writer(file, lambda temporary: torch.save(saved, temporary))
 
 def read_checkpoint(file):
     """What `save_checkpoint` or `export` wrote, on the CPU. DataError where the file is anything else.
@@ -158,7 +159,7 @@ def restore(saved, model, optimizer, ema, config, about):
     # 2. The averaged weights. They are loaded into the model, which knows what part of each this process
     # holds (--shard), and copied from there.
     check_names(f"the checkpoint in {config.out}", from_rank_0([*saved["ema"]]), model)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=rank_and_world()[1] > 1)
     set_model_state_dict(model, saved["ema"], options=options)
     for name, tensor in model.state_dict().items():
         ema[name].copy_(tensor)

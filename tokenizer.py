@@ -24,6 +24,7 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -511,8 +512,12 @@ def barrier():
     if dist.is_initialized():
         dist.barrier()
 
-def device_of():
-    """("cuda" or "cpu", this process's torch.device)"""
+def device_of(asked=""):
+    """("cuda", "cpu" or, where it is asked for, "mps"; this process's torch.device)"""
+    if asked == "mps":
+        if not torch.backends.mps.is_available() or rank_and_world()[1] > 1:
+            raise DataError("--device mps needs Apple's GPU, and no other process: leave one of them out")
+        return "mps", torch.device("mps")
     if not torch.cuda.is_available():
         return "cpu", torch.device("cpu")
     here, n = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -520,6 +525,11 @@ def device_of():
         raise DataError(f"there are {n} CUDA devices for {here} processes: give --nproc_per_node={n}, or "
                         "train on the CPU with CUDA_VISIBLE_DEVICES=")
     return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+def sum_over_processes(x):
+    """Adds up a tensor in place. gloo knows no tensors on Apple's GPU, but there the process is alone."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(x)
 
 def from_rank_0(x):
     """What x is in the first process, in all of them: others may run on machines that lack its files."""
@@ -559,6 +569,33 @@ def remembered_signals():
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+class Writer:
+    """`write_whole` in a thread, one file at a time, while the caller goes on. What fails there is raised by
+    the next call of any method. Leaving the with statement waits for the last file."""
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = self.thread.submit(int)  # at first, nothing
+
+    def __call__(self, file, write):
+        self.wait()
+        self.writing = self.thread.submit(write_whole, file, write)
+
+    def wait(self):
+        self.writing.result()
+
+    def check(self):
+        if self.writing.done():
+            self.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failure, *_):
+        self.thread.shutdown()
+        if failure is None:
+            self.wait()
 
 def ignore_signals(_):
     """For processes that read clips: Ctrl-C reaches them, too, but when to stop is for the loop to say."""

@@ -14,6 +14,8 @@ and to resume at step n is to read on at position n * batch.
 import argparse
 import contextlib
 import copy
+import functools
+import inspect
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass, field, fields
 from statistics import mean
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -33,8 +36,9 @@ from blocks import VARIANTS, compile_blocks, count_flops, faster_dtype, knob
 from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare_data, split_folders
 from sample import (MODELS, describe, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
                     save_best, save_checkpoint, save_curve, save_gif, settings_of, spread, whole)
-from tokenizer import (barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
-                       join_processes, peak_gb, rank_and_world, remembered_signals, write_whole)
+from tokenizer import (Writer, barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
+                       join_processes, peak_gb, rank_and_world, remembered_signals, sum_over_processes,
+                       write_whole)
 
 # ---- the knobs of a run --------------------------------------------------------------------------
 
@@ -62,6 +66,8 @@ class TrainConfig:
     grad_clip: float = knob(1.0, "largest norm of the gradient", low=1e-12)
     ema: float = knob(0.999, "decay of the averaged weights, which are sampled from; 0: none", low=0, below=1)
     # speed and memory
+    device: str = knob("", "mps: Apple's GPU, on which nobody has tried it; default: a CUDA GPU, or the CPU",
+                       choices=("mps",))
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile the blocks")
     checkpoint_activations: str = knob(
@@ -79,7 +85,8 @@ class TrainConfig:
     # what is written
     val_every: int = knob(0, "steps from one validation to the next; default: 14 in a run; -1: none", low=-1)
     log_every: int = knob(20, "steps from one line of log.jsonl to the next", low=1)
-    save_every: int = knob(500, "steps from one checkpoint to the next", low=1)
+    save_every: int = knob(0, "steps from one checkpoint to the next; default: by time", low=0)
+    save_minutes: float = knob(5.0, "minutes from one checkpoint to the next, without --save_every", low=0)
     sample_every: int = knob(1000, "steps from one GIF to the next; 0: only at the end, -1: never", low=-1)
     options: dict = field(default_factory=dict)  # of the model, unlike its preset: {"n_layer": 8}
 
@@ -141,7 +148,7 @@ def train(config):
     """A run, from its knobs to its last checkpoint. Unusable input raises DataError, in one sentence."""
     # 1. Processes. One that runs alone is a group of one, so that nothing below asks whether a group exists.
     rank, world = rank_and_world()
-    kind, device = device_of()
+    kind, device = device_of(config.device)
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -180,7 +187,8 @@ def train(config):
 
     # 5. The first micro-batch. Its operations are counted: backward costs twice what forward does. And auto
     # becomes the number type that is faster on it, or that of before, for other types give other losses.
-    stream = Stream(clips, model.draw, config.seed)
+    light = SimpleNamespace(config=sizes, layout=model.layout)  # no weights, for readers of clips get a copy
+    stream = Stream(clips, functools.partial(module.Model.draw, light), config.seed)
     batches = micro_batches(stream, config, step, device)
     video, actions, draws = next(batches)
     inputs = []
@@ -203,11 +211,13 @@ def train(config):
     last = min(config.steps, config.stop_after or config.steps)
     asked = 0  # by how many signals, on all processes together, the run was asked to stop
 
-    with lock, remembered_signals() as signals:
+    save_at = time.perf_counter() + 60 * config.save_minutes
+
+    with lock, remembered_signals() as signals, Writer() as writer:
         while step < last and not asked:
             # Forward and backward, for every micro-batch. The model returns a sum of losses and their number
             # (of clips, or of hidden tokens): a mean of means would give the tokens unequal weights.
-            total = torch.zeros(3, device=device)  # sum of losses, their number, number of signals
+            total = torch.zeros(4, device=device)  # losses, their number, signals, votes for a checkpoint
             for micro in range(config.accum):
                 ends_step = micro == config.accum - 1  # only then are gradients averaged over processes
                 if config.shard:
@@ -221,8 +231,9 @@ def train(config):
                 total[1] += count
                 video, actions, draws = next(batches)  # of the next round, while a GPU is at work on this one
             total[2] = len(signals)
-            dist.all_reduce(total)
-            loss, count, asked = total.tolist()
+            total[3] = not config.save_every and time.perf_counter() > save_at
+            sum_over_processes(total)
+            loss, count, asked, votes = total.tolist()
             count = max(count, 1)  # in a small batch no token at all may be hidden
             loss = loss / count
 
@@ -252,9 +263,12 @@ def train(config):
             if found or is_due(config.log_every, step, ends):
                 log.write(step, loss=loss, lr=lr, grad_norm=norm, **found)
             if found and log.best().get("step") == step:
-                save_best(f"{config.out}/ckpt_best.pt", ema, step, config, about)
-            if is_due(config.save_every, step, ends):
-                save_checkpoint(file, model, optimizer, ema, step, config, about)
+                save_best(f"{config.out}/ckpt_best.pt", ema, step, config, about, writer)
+            if is_due(config.save_every, step, ends or votes > 0):
+                writer.wait()  # why before: two copies of the state may be too many for the memory
+                save_checkpoint(file, model, optimizer, ema, step, config, about, writer)
+                save_at = time.perf_counter() + 60 * config.save_minutes
+            writer.check()
             if is_due(config.sample_every, step, step == config.steps):
                 show(config, about, sizes, ema, folder, step, device)
 
@@ -284,7 +298,10 @@ def distribute(model, config, device):
     if dist.get_world_size() == 1:
         return model
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Buffers, which are equal everywhere, are not sent anew with every step. Torch 2.13 renamed the argument.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{sync: False})
 
 # ---- validation ----------------------------------------------------------------------------------
 
@@ -338,7 +355,7 @@ class Validation:
         if hasattr(self.model, "reshard"):  # with --shard averaged weights have been gathered: let go of them
             self.model.reshard()
         exchange(self.model, ema)
-        dist.all_reduce(total)
+        sum_over_processes(total)
         true, other, n = total
         found = {"val_loss": (true / n).item(), "action_share": (other / true).item()}
         return {**found, "val_seconds": time.perf_counter() - start}

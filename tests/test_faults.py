@@ -131,7 +131,7 @@ def test_a_killed_rank_ends_the_other_and_resumes(runs, straight):
 
 def test_torchrun_begins_again_from_the_checkpoint(runs, straight):
     job = runs.start("restart", restarts=1)
-    runs.until("restart", 6, job)
+    runs.until("restart", 2 * SAVE + 1, job)  # the checkpoint after the first has waited for it
     os.kill(workers(job.pid)[0], signal.SIGKILL)
     assert runs.finish(job) == 0 and "resuming" in runs.said()
     assert course(runs.log("restart")) == straight

@@ -9,6 +9,8 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import blocks
@@ -1047,6 +1049,33 @@ def test_patchify_by_hand():
     assert y.shape == (2, 2 * 2 * 3, 12)
     assert torch.equal(y[1, 6 + 3 + 2], X[1, :, 1, 2:4, 4:6].flatten())  # frame 1, patch row 1, column 2
     assert torch.equal(model.unpatchify(y), X)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where an operation makes a float64, as Apple's GPU does."""
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        assert not any(torch.is_tensor(x) and x.dtype == torch.float64 for x in tree_leaves(out)), f
+        return out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@both
+def test_nothing_is_float64(family, variant):
+    """Loss, gradient, update and sampler, with all that the tiny presets add."""
+    extra = dict(share_digits=True, levels=(11,)) if family == "masked" else {}
+    model, (video, actions) = toy_model(family, variant, at_place=True, **extra), toy_clips(family)
+    optimizer, draws = torch.optim.AdamW(model.parameters(), fused=True), toy_draws(model)
+    blocks.flow_rope.cache_clear(), blocks.masked_rope.cache_clear()
+    with NoFloat64():
+        model(video, actions, draws)[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        past = video[:, :2] if family == "masked" else video[:, :, :2]
+        model.sample(past, actions, **(dict(order="confidence") if family == "masked" else dict(steps=2, cfg=2.0)))
+    with pytest.raises(AssertionError), NoFloat64():
+        torch.ones(1).double()
 
 
 @pytest.mark.parametrize("module", [blocks, masked_hwm, flow_hwm])

@@ -1,6 +1,8 @@
 """train.py: the loop, its checkpoints, resuming, several processes, and what bad input ends in."""
+import functools
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from types import SimpleNamespace
 
@@ -153,7 +156,7 @@ def test_micro_batches_by_themselves(toy, monkeypatch):
 
 
 @pytest.mark.parametrize("name, value", [("steps", -5), ("lr", -1), ("lr", float("nan")), ("batch", -2), ("ema", 1.0), ("log_every", 0),
-                                         ("save_every", 0), ("weight_decay", -0.1), ("grad_clip", -1), ("accum", -1),
+                                         ("save_every", -1), ("save_minutes", -1), ("weight_decay", -0.1), ("grad_clip", -1), ("accum", -1),
                                          ("seed", 2**24), ("seed", -1)])
 def test_bad_numbers_are_one_sentence_before_any_work(tmp_path, monkeypatch, name, value):
     monkeypatch.chdir(tmp_path)
@@ -462,10 +465,32 @@ def test_memory_on_other_systems(toy, tmp_path, monkeypatch):
     """macOS counts in bytes, Linux in kilobytes; Windows has no such module."""
     usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=600_000_000))
     monkeypatch.setitem(sys.modules, "resource", usage)
-    monkeypatch.setattr(tok.sys, "platform", "darwin")
-    assert training.peak_gb("cpu") == 0.6
+    with monkeypatch.context() as m:
+        m.setattr(tok.sys, "platform", "darwin")
+        assert training.peak_gb("cpu") == 0.6
     monkeypatch.setitem(sys.modules, "resource", None)
     assert "peak_gb" not in run(toy, tmp_path, steps=1)[0]
+
+
+def test_a_machine_without_fork_and_locks(toy, tmp_path, monkeypatch):
+    """As Windows: processes that read clips are started anew and get a pickled stream, which is small, for it holds no
+    weights; folders cannot be locked."""
+    straight = run(toy, tmp_path / "a", "flow", steps=2)
+    sizes, dumps = [], pickle.dumps
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(training, "DataLoader", functools.partial(training.DataLoader, multiprocessing_context="spawn"))
+    original = training.Stream.__init__
+
+    def measured(stream, *args):
+        original(stream, *args)
+        sizes.append(len(dumps(stream)))
+
+    monkeypatch.setattr(training.Stream, "__init__", measured)
+    for name in ("b", "b"):  # the second run keeps the first
+        assert losses(run(toy, tmp_path / name, "flow", steps=2, workers=1, val_every=-1)) == losses(straight)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "b.1"] and "peak_gb" not in log(tmp_path / "b")[0]
+    assert max(sizes) < 0.1 * os.path.getsize(tmp_path / "a" / "ckpt.pt")
 
 
 def test_compiling_without_a_compiler_is_one_sentence(toy, tmp_path, monkeypatch):
@@ -535,6 +560,83 @@ def test_resume_without_a_usable_checkpoint(toy, trained, tmp_path, content):
         with open(f"{trained['masked']}/ckpt.pt", "rb") as f:
             (tmp_path / "run" / "ckpt.pt").write_bytes(f.read()[:3000])
     assert "ckpt.pt" in ends(training.main, *flags(toy, tmp_path / "run", resume=True))
+
+
+# ---- checkpoints are written while training goes on
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """What is written waits until the update from step 2 to 3 has begun, which calls all of `then`. -> `then`, `begun`"""
+    begun, save, rate, then = threading.Event(), torch.save, training.learning_rate, []
+
+    def slow(*args, **options):
+        assert begun.wait(60), "training waits for the disk"
+        save(*args, **options)
+
+    def notice(config, step):
+        if step == 2:
+            [f() for f in then]
+            begun.set()
+        return rate(config, step)
+
+    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr(training, "learning_rate", notice)
+    return SimpleNamespace(then=then, begun=begun)
+
+
+@pytest.mark.parametrize("file, due", [("ckpt_previous.pt", dict(save_every=2, val_every=-1)), ("ckpt_best.pt", dict(val_every=2))])
+def test_training_goes_on_while_a_checkpoint_is_written(toy, tmp_path, monkeypatch, request, file, due):
+    """And what is written is the state of its step, although the weights move on before it is."""
+    run(toy, tmp_path / "a", steps=5, stop_after=2, lr=0.01, **due)
+    request.getfixturevalue("slow_disk")
+    run(toy, tmp_path / "b", steps=5, stop_after=3, lr=0.01, **due)
+    late, straight = read(tmp_path / "b", file), read(tmp_path / "a", file.replace("_previous", ""))
+    assert late["step"] == 2 and read(tmp_path / "b")["step"] == 3
+    for part in {"model", "ema", "optimizer"} & straight.keys():
+        tensors, others = (torch.utils._pytree.tree_leaves(saved[part]) for saved in (late, straight))
+        pairs = [(a, b) for a, b in zip(tensors, others, strict=True) if isinstance(a, torch.Tensor)]
+        assert len(pairs) > 20 and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("last", [20, 500])
+def test_a_failure_of_the_writing_thread_ends_the_run(toy, tmp_path, monkeypatch, last):
+    """Long before the next checkpoint, and at the end where the last one fails."""
+    def full(saved, name):
+        raise RuntimeError("disk is full")
+
+    monkeypatch.setattr(torch, "save", full)
+    sentence = ends(training.main, *flags(toy, tmp_path, steps=500, save_every=20, stop_after=last, val_every=-1))
+    assert "ckpt.pt cannot be written" in sentence and len(log(tmp_path)) < 40
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written(toy, tmp_path, slow_disk):
+    slow_disk.then.append(interrupt)
+    run(toy, tmp_path, steps=50, save_every=2, val_every=-1)
+    assert read(tmp_path)["step"] == 4 and read(tmp_path, "ckpt_previous.pt")["step"] == 2
+    assert len(run(toy, tmp_path, steps=50, stop_after=5, val_every=-1, resume=True)) == 5
+
+
+def test_a_second_ctrl_c_while_a_checkpoint_is_written(toy, tmp_path, monkeypatch, slow_disk):
+    """Training stops at once, but the file that is being written is finished."""
+    now = iter([0, 2])
+    monkeypatch.setattr(tok.time, "monotonic", lambda: next(now, 4))
+    slow_disk.then.extend([interrupt, threading.Timer(0.3, slow_disk.begun.set).start, interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, tmp_path, steps=50, save_every=2, val_every=-1)
+    assert read(tmp_path)["step"] == 2 and not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("due, steps", [(dict(), [3]), (dict(save_minutes=0.0), [1, 2, 3]), (dict(save_minutes=0.0, save_every=2), [2, 3])])
+def test_checkpoints_are_due_by_time_or_by_steps(toy, tmp_path, monkeypatch, due, steps):
+    seen = []
+    monkeypatch.setattr(training, "save_checkpoint", lambda *args: seen.append(args[4]))
+    run(toy, tmp_path, steps=3, val_every=-1, **due)
+    assert seen == steps
 
 
 # ---- how a batch is divided changes nothing
@@ -621,7 +723,9 @@ def two_processes(toy, tmp_path_factory):
             job.kill()
     for job, (_, err) in zip(jobs, out):
         assert job.returncode == 0, err[-3000:]
-    (root / "out_1.txt").write_text(out[1][0])
+    for rank in range(2):
+        (root / f"out_{rank}.txt").write_text(out[rank][0])
+        (root / f"err_{rank}.txt").write_text(out[rank][1])
     return root
 
 
@@ -669,6 +773,12 @@ def test_only_the_first_process_prints(two_processes):
     assert not (two_processes / "out_1.txt").read_text()
 
 
+def test_torch_warns_of_nothing(two_processes):
+    """Of no argument that a later torch will not know, say."""
+    said = (two_processes / "err_0.txt").read_text()
+    assert "training" in said and not re.findall(r".*Warning.*", said)
+
+
 # ---- bad input
 
 
@@ -678,6 +788,30 @@ def test_more_processes_than_gpus_are_one_sentence(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(data.DataError, match="--nproc_per_node=1"):
         training.device_of()
+
+
+@pytest.mark.parametrize("there, world", [(False, 1), (True, 2)])
+def test_apples_gpu_is_one_processs_alone(monkeypatch, there, world):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(data.DataError, match="--device mps"):
+        training.device_of("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert training.device_of("mps") == ("mps", torch.device("mps"))
+    assert training.device_of()[0] != "mps", "it is nobody's default"
+
+
+@both
+def test_training_on_a_device_that_gloo_does_not_know(toy, tmp_path, monkeypatch, model):
+    """As with Apple's GPU: the CPU stands in for it, and no tensor may pass between processes, nor through a GPU's functions."""
+    straight = run(toy, tmp_path / "a", model, steps=4, val_every=2)
+    monkeypatch.setattr(training, "device_of", lambda asked: (asked, torch.device("cpu")))
+    for name in ("all_reduce", "broadcast", "_broadcast_coalesced"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: pytest.fail("a tensor for other processes"))
+    run(toy, tmp_path / "b", model, steps=4, val_every=2, device="mps", stop_after=2)
+    resumed = run(toy, tmp_path / "b", model, steps=4, val_every=2, device="mps", resume=True)
+    assert losses(resumed) == losses(straight) and resumed[-1]["val_loss"] == straight[-1]["val_loss"]
 
 
 def test_another_tokenizer_than_the_datas_is_refused_at_once(toy, tmp_path):
