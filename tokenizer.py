@@ -615,7 +615,9 @@ def walk():
     for name, x in (("video", video), ("wavelet patches", patch(video)), ("encoder, quant_conv", z),
                     ("FSQ codes", codes), ("ids, what a model sees", ids), ("decoded video", decoded)):
         print(f"{name:24}{tuple(x.shape)}")
-    print(f"the first id, {ids[0, 0, 0, 0]}, stands for the codes {codes[0, :, 0, 0, 0].tolist()}")
+    first, fsq = ids[0, 0, 0, 0].item(), tokenizer.fsq
+    digits = [first // base % n for base, n in zip(fsq.basis, fsq.levels)]
+    print(f"the first id, {first}, has the digits {digits} in the bases {list(fsq.levels)}, first fastest")
     print(f"the decoded video has {psnr(to_uint8(decoded)[0], to_uint8(video)[0]).mean():.1f} dB")
     print(f"9 frames alone give the same first 2 latents as all 17 frames: {torch.equal(past, ids[:, :2])}")
 

@@ -1,10 +1,10 @@
-"""The tables of the README: all eight models under one budget, one evaluator; and the defaults, each measured.
+"""The tables of RESULTS.md: all eight models under one budget, one evaluator; and the defaults, each measured.
 
     python tests/tables.py                            # trains and scores what is missing under out/tables, then prints
     python tests/tables.py --steps 300 --num 32       # a quicker look
     python tests/tables.py --defaults                 # the settings that the paper leaves open
 
-Every cell is one of the README's commands; this file only runs them one after the other, skips what is there already, and
+Every cell is one of its commands; this file only runs them one after the other, skips what is there already, and
 writes the results as Markdown. About six minutes a model on two cores. Other flags, as --batch 4, are passed on to train.py.
 """
 import argparse
@@ -107,8 +107,8 @@ def eight(args):
         ("velocity error at t = 0.05, 0.55, 0.95",
          lambda s, _: " ".join(f"{s['velocity_error'][i]:.2f}" for i in (0, 5, 9)) if "velocity_error" in s else "-"),
     ]
-    lines = ["| | " + " | ".join(f"{m} {v}" for m, v, *_ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f(*c[2:]) for c in columns) + " |" for name, f in rows]
+    lines = ["| | " + " | ".join(name for name, _ in rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    lines += [f"| {m} {v} | " + " | ".join(f(*scores) for _, f in rows) + " |" for m, v, *scores in columns]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@ import functools
 import importlib.util
 import pathlib
 import subprocess
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,9 @@ import data
 import evaluate
 import flow_hwm
 import masked_hwm
+import sample
+import tokenizer
+import train
 
 FOLDER = pathlib.Path(__file__).parent / "exercises"
 FILES = sorted(FOLDER.glob("exercise_*.py"))
@@ -82,9 +86,69 @@ def frechet(m1, S1, m2, S2):
     return evaluate.frechet(*(white[None] @ np.linalg.cholesky(S).T + m for m, S in ((m1, S1), (m2, S2))))
 
 
+def scale(p_drop, asked=None, preset=2.0):
+    """The settings that sample.py chooses, and one call of the sampler with them, which refuses what it cannot do."""
+    config = flow_hwm.FlowConfig(n_layer=1, n_head=1, width=12, hidden=12, time_width=8, channels=1, patch=1, H=1, W=1, p_drop=p_drop)
+    saved = {"config": {"model": "flow", "preset": "tiny"}, "model_config": {"p_drop": p_drop}}
+    assert flow_hwm.SAMPLING["tiny"]["cfg"] == preset
+    settings = sample.settings_of(saved, SimpleNamespace(cfg=asked, steps=1))
+    flow_hwm.FlowHWM(config).sample(torch.zeros(1, 1, 2, 1, 1), torch.zeros(1, 17, 25), **settings)
+    return settings["cfg"]
+
+
+def note(video, states):
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        np.save(file.name, video)
+        reader = SimpleNamespace(lengths=[len(video)], files=[file.name], states=lambda i: states)
+        return data.made_of(SimpleNamespace(edges=[0, len(video)], reader=reader))
+
+
+def name_of_list(clips, chosen, length=100):
+    """The folder of these clips, with recordings of 100 frames."""
+    folder = SimpleNamespace(starts=np.array([length * r + first for r, first in clips]), edges=length * np.arange(4), meta={},
+                             frame_stride=1, segment=lambda frames: frames // length)
+    return evaluate.clip_list(folder, chosen)[0]
+
+
+def convolve(x, weight):
+    layer = tokenizer.CausalConv3d(x.shape[1], len(weight), (weight.shape[2], 1, 1))
+    layer.conv3d.weight.data, layer.conv3d.bias.data = weight[..., None, None], torch.zeros(len(weight))
+    return layer(x[..., None, None])[..., 0, 0].detach()
+
+
+def quantize(z, levels):
+    return tokenizer.FSQ((levels,)).quantize(z.view(-1, 1, 1, 1, 1), eps=0).flatten()
+
+
+def learning_rate(step, steps, accum, peak):
+    return train.learning_rate(train.TrainConfig(steps=steps, accum=accum, lr=peak, warmup=0, decay="cosine"), step)
+
+
+def clips_from(start, count, n, seed):
+    stream = train.Stream(range(n), None, seed)
+    return [stream.clip_index(p) for p in range(start, start + count)]
+
+
+def rollout(dream, past, actions, windows):
+    """sample.continue_video, whose frames are numbers from 0 to 255: videos of one pixel, latents that are the video itself."""
+    video = lambda numbers: (torch.as_tensor(np.array(numbers)).float() / 127.5 - 1).view(1, 1, -1, 1, 1)
+    numbers = lambda video: ((video + 1) * 127.5).round().flatten().long().numpy()
+    model = torch.nn.Linear(1, 1)
+    model.layout = blocks.Layout(2, 1, 1, 1, 8)
+    model.sample = lambda past, course, generator: video(dream(numbers(past), course.flatten().long().numpy()))
+    same = SimpleNamespace(encode=lambda v: v, decode=lambda v: v)
+    frames = sample.continue_video(model, same, video(past), torch.from_numpy(actions).view(1, -1, 1), windows)
+    return frames.flatten().long().numpy()
+
+
+def regret(model, still, oracle):
+    return evaluate.regret(model, still, oracle)[0]
+
+
 OWN = {"01": flow_hwm.interpolate, "02": flow_hwm.integrate, "03": guided, "04": temporal_attention, "05": add_residuals,
        "06": rope_angles, "07": masked_hwm.probabilities, "08": masked_hwm.n_fixed, "09": standardise, "10": clip_starts,
-       "11": frechet}
+       "11": frechet, "12": scale, "13": note, "14": name_of_list, "15": convolve, "16": quantize, "17": learning_rate,
+       "18": clips_from, "19": rollout, "20": regret}
 
 
 def load(file):
