@@ -4,6 +4,8 @@
     python data.py synth --out data/robot --frames 20000            # draw the built-in robot
     python data.py encode --data data/robot --tokenizer weights/tokenizer_dv_tiny.pt --out data/robot_dv
     python data.py info data/robot_dv                               # check a folder, say what it holds
+    hf download 1x-technologies/worldmodel --repo-type dataset --local-dir 1x
+                --include "train_v2.0/*" "val_v2.0/*"               # the 1X set without its older versions
 
 A data folder holds train_v2.0 and val_v2.0, each in the layout of 1X v2.0, nested as here or flat:
 
@@ -39,6 +41,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import BatchSampler, Dataset
 from tqdm import tqdm
 
 from tokenizer import (DataError, barrier, command, fingerprint, load_tokenizer, rank_and_world, to_uint8,
@@ -176,12 +179,13 @@ class Mp4:
                 table = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(video=0)]
                 times, is_key, is_discarded = np.array(sorted(table[:-1])).T  # the last one has no time
                 self.keys, self.times = times[is_key == 1], times[is_discarded == 0]
-        check(self.frames in (None, len(self.times)),
-              f"{self.file} has {len(self.times)} frames, its states {self.frames}: fetch that shard again")
+        n = self.times.size
+        check(self.frames in (None, n), f"{self.file} has {n} frames for {self.frames} states: fetch it again")
         return self
 
     def __getitem__(self, numbers):
-        want, here, found = self.index().times[numbers], (os.getpid(), threading.get_ident()), []
+        here, found = (os.getpid(), threading.get_ident()), []
+        want = self.index().times[numbers]
         with reading(self.file, f"does not decode at frames {numbers[0]}..{numbers[-1]}"):
             key = self.keys[self.keys <= want[0]][-1]
             video, last, frames = Mp4.last.pop(here, (None, None, None))
@@ -193,8 +197,8 @@ class Mp4:
                     found.append(np.rot90(pixels, frame.rotation // 90))
                 if frame.pts >= want[-1]:
                     break
-            if len(found) < len(want):
-                raise ValueError(f"only {len(found)} of {len(want)} frames come")
+            if len(found) < want.size:
+                raise ValueError(f"only {len(found)} of {want.size} frames come")
             Mp4.last[here] = self, frame.pts, frames
             return np.stack(found)
 
@@ -236,8 +240,7 @@ class Reader1X:
     path, meta          the folder, and its metadata.json as a dict
     hz, names, keep     frames a second; names of the A states; numbers of those that are never standardised
     kind                "raw" | "discrete" | "continuous"; of a stored clip also `shape` and `vocab_size`
-    lengths             frames of every shard
-    files, state_files  every shard's video and states, for messages
+    lengths             frames of every shard; its video and states are in `files` and `state_files`
     edges               where each recording begins, in frames counted over all shards; last, their number
     segment_ids         "global", or "per shard" where no recording runs on into the next shard
     on_grid             clips are frames 17k..17k+16 of a shard, as in 1X's tokens, not of a recording
@@ -255,18 +258,29 @@ class Reader1X:
         self._demand("names", len({*self.names}) == A, f"{A} different strings")
         self._demand("keep", {*self.keep} <= {*range(A)}, f"numbers of states, 0..{A - 1}")
         # 2. The shards. All have the kind of the first.
-        shards = range(meta["num_shards"])
-        self.lengths = [self._length(i) for i in shards]
-        suffix = self._find("video", 0, ".bin", ".npy", ".mp4")[-4:]
-        self.files = [self._find("video", i, suffix) for i in shards]
-        self.state_files = [self._find("states", i, ".bin") for i in shards]
-        for i in shards:
+        self.lengths, self.files, self.state_files, ids, suffixes = [], [], [], [], [".bin", ".npy", ".mp4"]
+        for i in range(meta["num_shards"]):
+            file = self._find("metadata", i, ".json")
+            about = {"shard_ind": i, **read_json(file, "shard_num_frames")}
+            check(about["shard_ind"] == i, f"{file} is not of shard {i}, as its name: fetch it again")
+            self.lengths.append(about["shard_num_frames"])
+            self.files.append(self._find("video", i, *suffixes))
+            self.state_files.append(self._find("states", i, ".bin"))
             self.states(i)  # an error here if its size is not right
-        self._read_segments()
-        total = sum(self.lengths)
-        self._demand("num_images", meta["num_images"] == total, f"{total}, the frames of all shards")
-        # 3. What a stored clip is.
-        self.kind = meta.get("kind", "discrete") if suffix == ".bin" else "raw"
+            ids.append(open_array(self._find("segment_idx", i, ".bin"), "<i4", self.lengths[i]))
+            suffixes = [self.files[0][-4:]]
+        ends = np.cumsum(self.lengths)
+        self._demand("num_images", meta["num_images"] == ends[-1], f"{ends[-1]}, the frames of all shards")
+        # 3. Recordings. In the 1X set ids count over all shards, and one may run on into the next shard.
+        #    Where all shards begin with 0 and metadata.json does not tell, none does, lest a clip mix two.
+        count_on = any(shard[0] for shard in ids)
+        self.segment_ids = meta.get("segment_ids", "global" if count_on else "per shard")
+        if self.segment_ids == "global":
+            ends = ends[-1:]
+        changes = np.flatnonzero(np.diff(np.concatenate(ids))) + 1
+        self.edges = np.unique([0, *changes, *ends])
+        # 4. What a stored clip is.
+        self.kind = meta.get("kind", "discrete") if suffixes == [".bin"] else "raw"
         is_1x = (self.names, self.hz) == (JOINTS, 30) and "robot" not in meta
         self.on_grid = self.kind != "raw" or is_1x and split == "val"
         self.shape = tuple(meta.get("clip_shape", (3, 32, 32)))
@@ -283,26 +297,6 @@ class Reader1X:
         names = [f"{kind}_{i}{suffix}" for suffix in suffixes]
         return only([os.path.join(self.path, folder, name) for folder in FOLDERS[kind] for name in names])
 
-    def _length(self, i):
-        file = self._find("metadata", i, ".json")
-        meta = read_json(file, "shard_num_frames")
-        number = meta.get("shard_ind", i)
-        check(number == i, f"{file} says shard_ind = {number!r:.50}, not {i} as its name: fetch it again")
-        return meta["shard_num_frames"]
-
-    def _read_segments(self):
-        ids, borders = [], np.cumsum(self.lengths)
-        for i, n in enumerate(self.lengths):
-            ids.append(open_array(self._find("segment_idx", i, ".bin"), "<i4", (n,)))
-        # In the 1X set ids count over all shards, and a recording may run on into the next one. Where all
-        # shards begin with 0 and metadata.json does not tell, none runs on, lest a clip mix two recordings.
-        count_on = any(shard[0] for shard in ids)
-        self.segment_ids = self.meta.get("segment_ids", "global" if count_on else "per shard")
-        if self.segment_ids == "global":
-            borders = borders[-1:]
-        changes = np.flatnonzero(np.diff(np.concatenate(ids))) + 1
-        self.edges = np.unique([0, *changes, *borders])
-
     def video(self, i):
         file, n = self.files[i], self.lengths[i]
         if self.kind != "raw":
@@ -313,7 +307,7 @@ class Reader1X:
             return self.mp4s[file]
         with reading(file):
             video = np.lib.format.open_memmap(file, mode="r")
-        check(video.dtype == np.uint8 and video.ndim == 4 and video.shape[::3] == (n, 3),
+        check((video.dtype, video.ndim, *video.shape[::3]) == (np.uint8, 4, n, 3),
               f"{file} holds {video.dtype} {video.shape}: write uint8 ({n}, H, W, 3), a frame per state")
         return video
 
@@ -360,8 +354,9 @@ class ReaderLeRobot:
         """The feature of the camera. Of two on one head it is the first."""
         cameras = [key for key, about in self.info["features"].items()
                    if about["dtype"] == "video" and "depth" not in key]
-        found = [key for key in cameras if name in (key, key.rpartition(".")[2])]
-        if not name:
+        if name:
+            found = [key for key in cameras if name in (key, key.rpartition(".")[2])]
+        else:
             heads = [key for key in cameras if re.search("(?<![a-z])(head|ego)", key)]
             found = heads or cameras[:len(cameras) == 1]
         check(found, f"{self.file} lists as videos: {', '.join(cameras) or 'none'}. Give one of them as "
@@ -408,7 +403,7 @@ class ReaderLeRobot:
         n_val = max(1, len(rows) // 10)
         check(len(rows) > n_val, f"{self.path} has {len(rows)} episode, but one is to validate: record more")
         say_once(f"{self.path}: camera {self.camera} ({self.fit}), states {self.column}; the last {n_val} of "
-                 f"{len(rows)} episodes validate, from episode {rows[-n_val]['episode_index']} on")
+                 f"{len(rows)} episodes validate")
         self.rows = rows = rows[-n_val:] if split == "val" else rows[:-n_val]
         self.lengths = [row["length"] - self.late for row in rows]
         self.edges = np.cumsum([0, *self.lengths])
@@ -428,7 +423,7 @@ class ReaderLeRobot:
 
     def rows_of(self, i):
         """Times in seconds (n,) and states (n, A) of all rows of episode i, in the order of their times."""
-        file, row, columns = self.data_files[i], self.rows[i], ["episode_index", "timestamp", self.column]
+        file, columns = self.data_files[i], ["episode_index", "timestamp", self.column]
         # 1. The whole table, whose columns come in the file's order.
         if file not in self.tables:
             with reading(file):
@@ -437,13 +432,13 @@ class ReaderLeRobot:
                 self.tables[file] = episodes, times, np.float32(states).reshape(-1, len(self.names))
         episodes, times, states = self.tables[file]
         # 2. The episode's own rows.
-        own = np.flatnonzero(episodes == row["episode_index"])
+        n, own = self.rows[i]["length"], np.flatnonzero(episodes == self.rows[i]["episode_index"])
         own = own[np.argsort(times[own])]
         steps = np.diff(times[own]) * self.hz
         odd = np.flatnonzero(abs(steps - 1) >= 0.5)
-        check(len(own) == row["length"] and not len(odd),
-              f"{self.state_files[i]} has {len(own)} rows where {row['length']} are listed, or does not go "
-              f"on at {self.hz:g} Hz after rows {odd[:5]}: fetch or record that episode again")
+        check(own.size == n and odd.size == 0,
+              f"{self.state_files[i]} has {own.size} rows where {n} are listed, or does not go on at "
+              f"{self.hz:g} Hz after rows {odd[:5]}: fetch or record that episode again")
         return times[own], states[own]
 
     def states(self, i):
@@ -474,9 +469,9 @@ class EpisodeVideo:
         want = (start or 0) + reader.rows_of(self.i)[0]
         first, last = np.searchsorted(seconds, [want[0] - half, (stop or np.inf) - half])
         found = seconds[first:last]
-        check(len(found) == len(want) and max(abs(found - want)) < half,
-              f"{self.mp4.file} has {len(found)} frames for the {len(want)} rows of episode "
-              f"{row['episode_index']}, or others than at their times: fetch or record that episode again")
+        check(found.size == want.size and max(abs(found - want)) < half,
+              f"{self.mp4.file} has {found.size} frames for {want.size} rows of {reader.state_files[self.i]} "
+              "or not at their times: fetch or record that episode again")
         return np.arange(first, last)[reader.late:]
 
     def __getitem__(self, frames):
@@ -494,7 +489,7 @@ def read_parquet(file, columns):
 
 # ---- clips ---------------------------------------------------------------------------------------
 
-class Clips(torch.utils.data.Dataset):
+class Clips(Dataset):
     """All usable clips of one split, in order; `open_clips` makes it and says what an item is. `shape` is
     that of a clip's video; `hz` frames make a second (after frame_stride); `starts` are the first frames of
     clips, counted over all shards; `crossing` clips are not among them. All else is the reader's."""
@@ -556,8 +551,8 @@ class Clips(torch.utils.data.Dataset):
         for i, local in self._by_shard(frames):
             x = self.reader.states(i)[local]
             bad = local[~np.isfinite(x).all(1)]
-            check(not len(bad), f"{self.reader.state_files[i]} has states that are not finite at frames "
-                                f"{bad[:5]}: fetch that shard again, or cut those frames out")
+            check(bad.size == 0, f"{self.reader.state_files[i]} has states that are not finite at frames "
+                                 f"{bad[:5]}: fetch that shard again, or cut those frames out")
             parts.append(x)
         return np.concatenate(parts)
 
@@ -614,11 +609,10 @@ def open_clips(path, split="train", frames=FRAMES, stride=None, size=None, frame
     clips[i] -> {"video": raw uint8 (F, H, W, 3) | ids int64 (T, H, W) | latents float32 (C, T, H, W),
                  "actions": float32 (F, A), "index": i}
 
-    path          root of train_v2.0 and val_v2.0 (also with _raw), or one of those folders
     frame_stride  takes every n-th frame and, alike, every n-th action
     stride        frames from one window's start to the next; by default windows do not overlap
     size          raw frames are resized to size x size, antialiased
-    source        camera, fit and actions, see ReaderLeRobot
+    source        camera, fit and actions, see SOURCE
     Token and latent files hold a clip per 17 frames; `encode` chose their stride, size and frame_stride."""
     for key, value in dict(frames=frames, stride=stride, size=size, frame_stride=frame_stride).items():
         check(value is None or value > 0, f"{path}: {key} is {value}: give a positive whole number")
@@ -661,7 +655,8 @@ def moments(blocks):
 
 def is_constant(low, high):
     """States that move by no more than float32 rounds them."""
-    return high - low <= 1e-6 * np.maximum(1, np.maximum(abs(low), abs(high)))
+    size = np.maximum(abs(low), abs(high))
+    return high - low <= 1e-6 * size.clip(1)
 
 def action_statistics(clips):
     """{"mean": (A,), "std": (A,)}, float32, over the recordings of the training split that hold a clip.
@@ -732,9 +727,8 @@ def make_split(folder, settings, shards, make_shard, meta, shard_bytes, share=No
     """Makes the shards of one split that are not whole on disk yet, and then its metadata.json.
 
     settings     what the folder is made with, a dict; a folder that was made with others is refused
-    shards       list of (i, number of units), the units being what the progress bar counts
-    make_shard   i -> (video, states, segments), uint8 video for .npy, any other for .bin; picklable for
-                 platforms without fork: a functools.partial of a module's function
+    shards       pairs (i, number of units), the units being what the progress bar counts
+    make_shard   i -> (video, states, segments), uint8 video for .npy, any other for .bin; it is picklable
     meta         content of metadata.json, or a function that returns it when all shards are whole
     shard_bytes  i -> (bytes of the video's array, bytes of the states)
     share        (rank, world): this process makes every world-th shard, torchrun's others the rest.
@@ -797,12 +791,14 @@ def made_of(clips):
         found.update(np.ascontiguousarray(clips.reader.states(i)))
     for file in dict.fromkeys(clips.reader.files):
         content = open_array(file, np.uint8, -1)
-        for k in (0, len(content) // 2, max(0, len(content) - 65536)):
-            found.update(content[k:k + 65536].tobytes() + b"%d" % len(content))
+        n = content.size
+        for k in (0, n // 2, max(0, n - 65536)):
+            found.update(content[k:k + 65536].tobytes())
+            found.update(b"%d" % n)
     return found.hexdigest()
 
-def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, splits=("train", "val"),
-           batch=8, device=None, progress=True, **source):
+def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, batch=8, device=None,
+           progress=True, **source):
     """Raw video -> a data folder of ids (int32) or latents (float16), which is read like the 1X set.
 
     Training clips begin `stride` frames apart, by default as `training_stride` says; those for validation
@@ -820,13 +816,12 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
             about[key] = getattr(tokenizer, key)
     # 2. Split by split.
     for split in split_folders(data):
-        if split in splits:
-            apart = stride if split == "train" else None
-            clips = open_clips(data, split, stride=apart, size=size, frame_stride=frame_stride, **source)
-            check(clips.kind == "raw", f"{clips.path} is tokenized already: give the folder of raw video")
-            if split == "train" and not stride:
-                clips.find_clips(training_stride(clips))
-            encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, batch, device, progress)
+        apart = stride if split == "train" else None
+        clips = open_clips(data, split, stride=apart, size=size, frame_stride=frame_stride, **source)
+        check(clips.kind == "raw", f"{clips.path} is tokenized already: give the folder of raw video")
+        if split == "train" and not stride:
+            clips.find_clips(training_stride(clips))
+        encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, batch, device, progress)
     return out
 
 def encode_split(clips, folder, tokenizer, about, batch, device, progress):
@@ -848,12 +843,13 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
 
     # 2. How a shard is made, batch by batch. Threads read the next ones while a GPU encodes; the cores of a
     #    machine without one are busy encoding.
-    shards = [range(n)[a:a + CLIPS_PER_SHARD] for a in range(0, n, CLIPS_PER_SHARD)]
+    shards = [*BatchSampler(range(n), CLIPS_PER_SHARD, drop_last=False)]
     quiet = not progress or rank_and_world()[0] > 0
+    units = {j: len(numbers) for j, numbers in enumerate(shards)}
     pool, on_gpu = ThreadPoolExecutor(READERS), device.startswith("cuda")
 
     def make_shard(j):
-        batches = [shards[j][a:a + batch] for a in range(0, len(shards[j]), batch)]
+        batches = BatchSampler(shards[j], batch, drop_last=False)
         latents, actions = [], []
         bar = tqdm(batches, f"shard {j}", leave=False, disable=quiet)
         for items in ahead(pool, READERS, read, batches) if on_gpu else map(read, batches):
@@ -879,9 +875,9 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
 
     def meta():
         if about["kind"] == "continuous":  # Flow-HWM standardises every channel
-            files = [shard_files(folder, j, ".bin")[0] for j in range(len(shards))]
-            blocks = (open_array(file, example.dtype, (-1, *example.shape)) for file in files)
-            *_, mean, std = moments(np.moveaxis(x, 1, -1).reshape(-1, len(example)) for x in blocks)
+            shape, files = (-1, *example.shape), [shard_files(folder, j, ".bin")[0] for j in units]
+            blocks = (np.moveaxis(open_array(file, example.dtype, shape), 1, -1) for file in files)
+            *_, mean, std = moments(x.reshape(-1, len(example)) for x in blocks)
             std[std == 0] = 1  # a channel that never changes
             found.update(latent_mean=mean.tolist(), latent_std=std.tolist())
         return found
@@ -892,7 +888,6 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     if not quiet:
         print(f"{folder}: {n} clips, one every {clips.stride} of {clips.edges[-1]} frames, in "
               f"{n * sum(sizes) / 1e9:.3g} GB")
-    units = {j: len(numbers) for j, numbers in enumerate(shards)}
     with pool:
         make_split(folder, settings, units, make_shard, meta, lambda j: [units[j] * size for size in sizes],
                    rank_and_world(), progress, "clip", "encoding")
@@ -943,7 +938,7 @@ def info(path, **source):
             own, other = getattr(clips, key), getattr(first, key)
             check(own == other, f"{clips.path} has {key} = {own}, {first.path} has {other}: make them agree")
         # 1. What opening does not look at: all ids or latents, and how many frames a video has.
-        for i in range(len(clips.reader.lengths)):
+        for i, file in enumerate(clips.reader.files):
             video = clips.reader.video(i)
             if clips.kind != "raw":
                 for k in range(len(video)):
@@ -951,12 +946,12 @@ def info(path, **source):
             elif hasattr(video, "index"):
                 video.index()
             if isinstance(video, Mp4):
-                n, seconds = len(video.times), np.ptp(video.times) * video.tick
-                check(abs(seconds * clips.hz - n + 1) <= 0.02 * n, f"{video.file} plays {n} frames in "
+                n, seconds = video.times.size, np.ptp(video.times) * video.tick
+                check(abs(seconds * clips.hz + 1 - n) <= 0.02 * n, f"{file} plays {n} frames in "
                       f"{seconds:.4g} s, not at hz = {clips.hz:g}: correct metadata.json, or write it again")
         # 2. What it holds. Windows of 17 frames do not overlap here.
         about[split] = {"clips": len(clips), "frames": int(clips.edges[-1]), "crossing": clips.crossing,
-                        "shards": len(clips.reader.lengths), "segment_ids": clips.reader.segment_ids}
+                        "shards": i + 1, "segment_ids": clips.reader.segment_ids}
     # 3. All splits together.
     total = {key: sum(s[key] for s in about.values()) for key in ("clips", "frames", "shards", "crossing")}
     dropped = {"clips over a segment border": total.pop("crossing"),
@@ -984,22 +979,18 @@ def print_info(found):
 
 def walk():
     """Prints what a clip is, from a few frames of the built-in robot."""
-    from examples import robot
-    video, states = robot.robot_episode(seed=0, n_frames=40, size=64)
     with tempfile.TemporaryDirectory() as folder:
-        save_shard(f"{folder}/train_v2.0", 0, ".npy", video, states, np.zeros(40))
-        save(f"{folder}/train_v2.0/metadata.json", {"num_shards": 1, "hz": robot.HZ, "num_images": 40})
-        clips = open_clips(folder)
+        clips = open_clips(synth(folder, frames=40, splits=("train",), progress=False))
         clip, stats = clips[0], action_statistics(clips)
-    print(f"1. A recording has a state for every frame: video {video.shape}, states {states.shape}.\n"
+    print(f"1. A recording has a state for every frame. Here are 40 frames at {clips.hz:g} Hz.\n"
           f"2. Clips are {FRAMES} frames of it. Here are {len(clips)}; the first is {clips.where(0)}:\n"
           f"   video {tuple(clip['video'].shape)}, actions {tuple(clip['actions'].shape)}.\n"
           "3. One clock: action k is frame k's state; latent 0 is frame 0, latent i is frames 8i-7..8i.\n"
-          "    frame  seconds  latent          LINEAR_VELOCITY  standardised")
+          "    frame  latent          LINEAR_VELOCITY  standardised")
     speeds, mean, std = clip["actions"][:, 23], stats["mean"][23], stats["std"][23]
     for k, speed in enumerate(speeds):
         part = "past" if k < PAST else "future"
-        print(f"{k:9}{k / robot.HZ:9.1f}{(k + 7) // 8:8}  {part:8}{speed:15.3f}{(speed - mean) / std:14.3f}")
+        print(f"{k:9}{math.ceil(k / 8):8}  {part:8}{speed:15.3f}{(speed - mean) / std:14.3f}")
 
 # ---- commands ------------------------------------------------------------------------------------
 
