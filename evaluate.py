@@ -87,6 +87,12 @@ def interval(values, recordings, n=10_000, seed=0):
 
 # ---- set against set: FID (Heusel et al., 2017) and KID (Binkowski et al., 2018) -----------------
 
+FID_IS = {  # what it is that is printed, for each network
+    "inception": "FID is that of pytorch-fid: TensorFlow's Inception of 2015, frames resized bilinearly; N frames "
+    "of dreams\nagainst N of targets. The paper's scripts use clean-fid (masked: \"clean\", flow: "
+    "\"legacy_pytorch\" on the\nfirst frame), so its tables and ours do not compare.",
+    "random_inception": "fd and kd are distances of features of Inception with random weights: they compare "
+    "with nothing else."}
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d"  # how its SHA-256 begins: the digits that its publisher states, in the name
@@ -145,9 +151,8 @@ def mixed_7(c_in, pool):
                  {pool: (), "branch_pool": (192, 1)})
 
 class Inception(nn.Sequential):
-    """Inception-v3 as pytorch-fid has it, with the names of its file: TensorFlow's of 2015, on frames resized
-    bilinearly to `size`. (The paper's scripts use clean-fid, for flow on the first frame only: their FIDs and
-    ours do not compare.) Frames (n, H, W, 3) uint8 -> features (n, 2048)."""
+    """Inception-v3 as pytorch-fid has it, with the names of its file (FID_IS). Frames (n, H, W, 3) uint8, which
+    are resized to `size` -> features (n, 2048)."""
 
     def __init__(self, size=299):
         super().__init__(OrderedDict(
@@ -634,6 +639,8 @@ def print_scores(s):
         if key in s:
             ci = text(s[f"{key}_ci"]) + " " if f"{key}_ci" in s else ""
             print(f"{label.format(fd=fd, kd=kd):34} {text(s[key]):>7}   {ci}{note.format(**s)}")
+    if net:
+        print(s["fid_is"])
     for group, delta in s["delta_psnr_groups"].items():
         print_row(f"delta_psnr of {group} alone", *delta.values())
     print(f"{'parameters':34} {s['params']:,}, and the tokenizer's {s['tokenizer_params']:,}")
@@ -685,7 +692,7 @@ def run(args):
         say(f"{about} {args.episodes} episodes, {json.dumps(settings)}, seed {args.seed}")
         return out | evaluate_plans(model, tokenizer, args.episodes, args.horizon, args.seed, **settings)
     say(f"{about} {args.num} clips of {clips.path}, {json.dumps(settings)}, seed {args.seed}")
-    out["fid_features"] = features
+    out |= {"fid_features": features, "fid_is": FID_IS.get(features)}
     out |= evaluate(model, tokenizer, clips, args.num, args.seed, net, **settings)
     if args.windows:
         out |= rollout(model, tokenizer, clips, args.windows, args.seed, say, **settings)
