@@ -8,9 +8,8 @@
     python sample.py --ckpt weights/flow_full_tiny.pt --play               # drive through it, in a browser
 
 The pictures show context | truth | prediction | the same context with other actions. The heart of the file is
-`continue_video` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
-sampler and the tokenizer's decoder and become frames (B, 8, H, W, 3), uint8. Before it stand the checkpoints,
-which train.py saves and resumes by the functions here, and the actions; after it stand the pictures.
+`continue_batch` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
+sampler and the tokenizer's decoder and become frames (B, 8, H, W, 3), uint8.
 """
 import argparse
 import copy
@@ -88,7 +87,7 @@ def save_checkpoint(file, model, optimizer, ema, step, config, about):
         write_whole(file, write)
 
 def save_best(file, ema, step, config, about):
-    """The same without what resuming needs."""
+    """`save_checkpoint` without what resuming needs."""
     saved = {"ema": whole(ema), "step": step, "config": asdict(config), **about}
     if rank_and_world()[0] == 0:
         write_whole(file, lambda temporary: torch.save(saved, temporary))
@@ -117,13 +116,14 @@ def read_checkpoint(file):
         content[part] = {re.sub(old, new, name): tensor for name, tensor in content[part].items()}
     return content
 
+ANEW = "train it anew, or check out the commit that made it"
+
 def check_names(saved_in, names, model):
     """DataError where the saved parameters have other names than the model's."""
     differ = sorted(set(names) ^ model.state_dict().keys())
     if differ:
-        raise DataError(f"{saved_in} was made by another version of this code, for its model has other "
-                        f"parameters ({differ[0]} is one of {len(differ)} that only one of both has): train "
-                        "it anew, or check out the commit that made it")
+        raise DataError(f"{saved_in} was made by another version of this code: {differ[0]} is one of "
+                        f"{len(differ)} parameters that only its model or ours has; {ANEW}")
 
 def last_checkpoint(file):
     """The checkpoint to resume from: `file`, or the previous one where `file` is missing or damaged. Rank 0
@@ -183,7 +183,7 @@ def load_model(file, device="cpu", weights="ema"):
         check_names(file, state, model)
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as e:
-        raise DataError(f"{file} was made by other code ({e!r:.99}): give one of this train.py") from None
+        raise DataError(f"{file} was made by another version of this code ({e!r:.99}): {ANEW}") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 def in_bfloat16(model):
@@ -279,12 +279,9 @@ def check_states(about, clips):
                         f"({'; '.join(differ)}): bring columns, and names in metadata.json, to the model's")
     hz = about.get("hz", clips.hz)
     if not math.isclose(hz, clips.hz, rel_tol=0.01):  # 29.97 passes for 30
-        stride = clips.frame_stride * clips.hz / hz
-        way_out = "give data of that rate"
-        if math.isclose(stride, round(stride), rel_tol=0.01):
-            way_out = f"encode its raw video with data.py encode --frame_stride {stride:.0f}"
-        raise DataError(f"{clips.path} has {clips.hz:g} states a second, the model was trained on {hz:g}: "
-                        f"{way_out}")
+        raise DataError(f"{clips.path} has {clips.hz:g} states a second, the model was trained on {hz:g}: give "
+                        "data of that rate; with a whole number, raw video gets it by data.py encode "
+                        f"--frame_stride {clips.frame_stride * clips.hz / hz:.3g}")
 
 def check_fit(model, tokenizer, clips, sha256=""):
     """DataError, before the work, where model, tokenizer (`sha256`: its file's) and clips do not fit."""
@@ -337,7 +334,7 @@ def change_actions(name, actions, model, clips, n_past=PAST, another=None):
 
 @functools.cache
 def velocities(clips):
-    """The columns of the states that are velocities: "velocities" of metadata.json, or those named so."""
+    """The states' columns that are velocities: "velocities" of metadata.json, or those named so."""
     columns, numbers = clips.meta.get("velocities"), range(len(clips.names))
     if columns is None:
         # "vel" after a vowel is the end of another word: level, swivel, travel.
@@ -493,8 +490,8 @@ def distance(world, goal):
 
 def plan_problem(seed, horizon=1, size=64):
     """-> what a planner sees: nine past frames, their states and the image of the goal; and what it does not
-    see: the true worlds at the start and at the goal. Hidden commands lead from one to the other. They are
-    drawn again while the goal lies within 5 cm and 5 degrees of the start, or where the floor has ended."""
+    see: the true worlds at the start and at the goal, to which hidden commands lead. They are drawn again
+    while it lies within 5 cm and 5 degrees of the start, or where the floor has ended."""
     rng = np.random.default_rng(FIRST_PROBLEM + seed)
     world = robot.robot_world(rng)
     states = robot.robot_plan(rng, world, 40)
@@ -780,21 +777,21 @@ def main(argv=None):
     beside = f"out/samples_{name[:-3]}" if folder.endswith("weights") else os.path.join(folder, "samples")
     out = args.out or beside
     # 3. The dreams.
-    if args.plan:
-        rows = plan_rows(model, tokenizer, args.num, args.horizon, args.seed, **settings)
-        save_gif(rows, f"{out}/plan.gif")
-        save_png(rows, f"{out}/plan.png")
-        print(f"wrote {out}/plan.gif and {out}/plan.png")
-    elif args.trace:
+    if args.trace and not args.plan:
         strips = trace(model, tokenizer, clips, args.num, args.seed, **settings)
         save_trace(strips, f"{out}/trace.png", flow=tokenizer.kind == "continuous")
         print(f"wrote {out}/trace.png")
+        return
+    if args.plan:
+        name, hz = "plan", robot.HZ
+        rows = plan_rows(model, tokenizer, args.num, args.horizon, args.seed, **settings)
     else:
+        name, hz = "dream", clips.hz
         dreams = dream(model, tokenizer, clips, args.num, args.seed, args.actions, args.rollout, **settings)
         rows = picture_rows(dreams, other=args.actions)
-        save_gif(rows, f"{out}/dream.gif", clips.hz)
-        save_png(rows, f"{out}/dream.png")
-        print(f"wrote {out}/dream.gif and {out}/dream.png")
+    save_gif(rows, f"{out}/{name}.gif", hz)
+    save_png(rows, f"{out}/{name}.png")
+    print(f"wrote {out}/{name}.gif and {out}/{name}.png")
 
 if __name__ == "__main__":
     main()
