@@ -87,6 +87,11 @@ def interval(values, recordings, n=10_000, seed=0):
 
 # ---- set against set: FID (Heusel et al., 2017) and KID (Binkowski et al., 2018) -----------------
 
+FID_IS = {  # what it is that is printed, for each network
+    "inception": """FID is that of pytorch-fid: TensorFlow's Inception of 2015, frames resized bilinearly;
+N dreamt frames against N targets. The paper's scripts use clean-fid (masked: "clean"; flow:
+"legacy_pytorch", the first frame only), so its tables and ours do not compare.""",
+    "random_inception": "fd and kd are distances between features of Inception with random weights."}
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d"  # how its SHA-256 begins: the digits that its publisher states, in the name
@@ -145,9 +150,8 @@ def mixed_7(c_in, pool):
                  {pool: (), "branch_pool": (192, 1)})
 
 class Inception(nn.Sequential):
-    """Inception-v3 as pytorch-fid has it, with the names of its file: TensorFlow's of 2015, on frames resized
-    bilinearly to `size`. (The paper's scripts use clean-fid, for flow on the first frame only: their FIDs and
-    ours do not compare.) Frames (n, H, W, 3) uint8 -> features (n, 2048)."""
+    """Inception-v3 as pytorch-fid has it, with the names of its file (see FID_IS). Frames (n, H, W, 3) uint8,
+    resized to `size` -> features (n, 2048)."""
 
     def __init__(self, size=299):
         super().__init__(OrderedDict(
@@ -204,7 +208,7 @@ def frechet(x, y):
     """Frechet distance of two sets of features ([clips,] n, d), each taken for a Gaussian of mean m and
     covariance S: |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^1/2. With S = R'R, where R holds the
     centred features, of QR if they are many, the last trace is the sum of the singular values of R_1 R_2'."""
-    def moments(x):
+    def moments(x):  # m and R; where n < d, a QR decomposition would make R no smaller
         mean = x.mean(0)
         R = (x - mean) / math.sqrt(len(x) - 1)
         return mean, np.linalg.qr(R, mode="r") if len(R) > len(mean) else R
@@ -342,7 +346,7 @@ def dream_clip(model, tokenizer, clip, told, seed=0, **settings):
     return {**shown, **dict(zip(told, films)), "oracle": known[0]}, z
 
 def compare(shown, rows, **measures):
-    """The frames of `dream_clip` -> {"psnr_copy_last": scores (frames,), ...}: each measure of each row of
+    """Frames as of `dream_clip` -> {"psnr_copy_last": scores (frames,), ...}: each measure of each row of
     which both sides are there."""
     scores = {}
     for row, (_, a, b) in rows.items():
@@ -634,6 +638,8 @@ def print_scores(s):
         if key in s:
             ci = text(s[f"{key}_ci"]) + " " if f"{key}_ci" in s else ""
             print(f"{label.format(fd=fd, kd=kd):34} {text(s[key]):>7}   {ci}{note.format(**s)}")
+    if net:
+        print(s["fid_is"])
     for group, delta in s["delta_psnr_groups"].items():
         print_row(f"delta_psnr of {group} alone", *delta.values())
     print(f"{'parameters':34} {s['params']:,}, and the tokenizer's {s['tokenizer_params']:,}")
@@ -668,9 +674,10 @@ def run(args):
         barrier()
     model, tokenizer, settings, clips, saved = load_fitting(args.ckpt, args)
     net, features = None, None
-    if args.num < 4 and not args.no_fid:
+    wants_fid = not (args.no_fid or args.plan)
+    if wants_fid and args.num < 4:
         say(f"FID and KID are left out: they take at least four clips, and --num is {args.num}")
-    elif not args.no_fid and not args.plan:
+    elif wants_fid:
         net, features = load_inception(args.inception, say)
         net.to(args.device)
     if rank == 0:
@@ -685,7 +692,7 @@ def run(args):
         say(f"{about} {args.episodes} episodes, {json.dumps(settings)}, seed {args.seed}")
         return out | evaluate_plans(model, tokenizer, args.episodes, args.horizon, args.seed, **settings)
     say(f"{about} {args.num} clips of {clips.path}, {json.dumps(settings)}, seed {args.seed}")
-    out["fid_features"] = features
+    out |= {"fid_features": features, "fid_is": FID_IS.get(features)}
     out |= evaluate(model, tokenizer, clips, args.num, args.seed, net, **settings)
     if args.windows:
         out |= rollout(model, tokenizer, clips, args.windows, args.seed, say, **settings)
@@ -698,7 +705,7 @@ def main(argv=None):
     first.add_argument("--plan", action="store_true", help="only drive the built-in robot to goals")
     first.add_argument("--json", default="", metavar="FILE", help="write all numbers to FILE")
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                parents=[first])
+                                parents=[first], epilog=FID_IS["inception"])
     if not first.parse_known_args(argv)[0].sizes:
         add_sampling_flags(p)
         p.add_argument("--num", type=int, default=64, help="validation clips (default 64)")

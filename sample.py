@@ -8,9 +8,8 @@
     python sample.py --ckpt weights/flow_full_tiny.pt --play               # drive through it, in a browser
 
 The pictures show context | truth | prediction | the same context with other actions. The heart of the file is
-`continue_video` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
-sampler and the tokenizer's decoder and become frames (B, 8, H, W, 3), uint8. Before it stand the checkpoints,
-which train.py saves and resumes by the functions here, and the actions; after it stand the pictures.
+`continue_batch` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
+sampler and the tokenizer's decoder and become frames (B, 8, H, W, 3), uint8.
 """
 import argparse
 import copy
@@ -50,8 +49,8 @@ MAY_CHANGE = {  # options that may differ when a run is resumed, because its los
 
 def whole(state):
     """{name: tensor} as it is saved: a copy on the CPU, gathered where --shard has divided it."""
-    gathered = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
-    return {name: t.detach().to("cpu", copy=True) for name, t in gathered.items()}
+    pieces = {name: t.full_tensor() for name, t in state.items() if hasattr(t, "full_tensor")}
+    return {name: t.detach().to("cpu", copy=True) for name, t in {**state, **pieces}.items()}
 
 def describe(config, sizes, folder, clips, tokenizer):
     """What a checkpoint says of its model, data and tokenizer, by which sample.py and others find them."""
@@ -89,7 +88,7 @@ def save_checkpoint(file, model, optimizer, ema, step, config, about, writer=wri
         writer(file, write)
 
 def save_best(file, ema, step, config, about, writer=write_whole):
-    """The same without what resuming needs."""
+    """`save_checkpoint` without what resuming needs."""
     saved = {"ema": whole(ema), "step": step, "config": asdict(config), **about}
     if rank_and_world()[0] == 0:
         writer(file, lambda temporary: torch.save(saved, temporary))
@@ -118,13 +117,14 @@ def read_checkpoint(file):
         content[part] = {re.sub(old, new, name): tensor for name, tensor in content[part].items()}
     return content
 
+ANEW = "train it anew, or check out the commit that made it"
+
 def check_names(saved_in, names, model):
     """DataError where the saved parameters have other names than the model's."""
     differ = sorted(set(names) ^ model.state_dict().keys())
     if differ:
-        raise DataError(f"{saved_in} was made by another version of this code, for its model has other "
-                        f"parameters ({differ[0]} is one of {len(differ)} that only one of both has): train "
-                        "it anew, or check out the commit that made it")
+        raise DataError(f"{saved_in} was made by another version of this code: {differ[0]} is one of "
+                        f"{len(differ)} parameters that only its model or ours has; {ANEW}")
 
 def last_checkpoint(file):
     """The checkpoint to resume from: `file`, or the previous one where `file` is missing or damaged. Rank 0
@@ -184,7 +184,7 @@ def load_model(file, device="cpu", weights="ema"):
         check_names(file, state, model)
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as e:
-        raise DataError(f"{file} was made by other code ({e!r:.99}): give one of this train.py") from None
+        raise DataError(f"{file} was made by another version of this code ({e!r:.99}): {ANEW}") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 def in_bfloat16(model):
@@ -280,12 +280,9 @@ def check_states(about, clips):
                         f"({'; '.join(differ)}): bring columns, and names in metadata.json, to the model's")
     hz = about.get("hz", clips.hz)
     if not math.isclose(hz, clips.hz, rel_tol=0.01):  # 29.97 passes for 30
-        stride = clips.frame_stride * clips.hz / hz
-        way_out = "give data of that rate"
-        if math.isclose(stride, round(stride), rel_tol=0.01):
-            way_out = f"encode its raw video with data.py encode --frame_stride {stride:.0f}"
         raise DataError(f"{clips.path} has {clips.hz:g} states a second, the model was trained on {hz:g}: "
-                        f"{way_out}")
+                        "give data of that rate; raw video gets it, by whole numbers alone, with data.py "
+                        f"encode --frame_stride {clips.frame_stride * clips.hz / hz:.3g}")
 
 def check_fit(model, tokenizer, clips, sha256=""):
     """DataError, before the work, where model, tokenizer (`sha256`: its file's) and clips do not fit."""
@@ -338,7 +335,7 @@ def change_actions(name, actions, model, clips, n_past=PAST, another=None):
 
 @functools.cache
 def velocities(clips):
-    """The columns of the states that are velocities: "velocities" of metadata.json, or those named so."""
+    """The states' columns that are velocities: "velocities" of metadata.json, or those named so."""
     columns, numbers = clips.meta.get("velocities"), range(len(clips.names))
     if columns is None:
         # "vel" after a vowel is the end of another word: level, swivel, travel.
@@ -494,8 +491,8 @@ def distance(world, goal):
 
 def plan_problem(seed, horizon=1, size=64):
     """-> what a planner sees: nine past frames, their states and the image of the goal; and what it does not
-    see: the true worlds at the start and at the goal. Hidden commands lead from one to the other. They are
-    drawn again while the goal lies within 5 cm and 5 degrees of the start, or where the floor has ended."""
+    see: the true worlds at the start and at the goal, to which hidden commands lead. They are drawn again
+    while it lies within 5 cm and 5 degrees of the start, or where the floor has ended."""
     rng = np.random.default_rng(FIRST_PROBLEM + seed)
     world = robot.robot_world(rng)
     states = robot.robot_plan(rng, world, 40)
@@ -575,6 +572,7 @@ def plan_rows(model, tokenizer, num=3, horizon=1, seed=0, **settings):
 # ---- pictures ------------------------------------------------------------------------------------
 
 LEAST, GAP, TOP, LEFT = 128, 4, 14, 90  # pixels: least width of a picture, gaps, labels above and beside
+COLOURS = {"loss": "#1f77b4", "val_loss": "#ff7f0e"}  # blue and orange
 
 def sheet(pictures, above=(), beside=()):
     """Pictures (rows, columns, H, W, 3) uint8 on white paper, with labels above columns or beside rows."""
@@ -616,13 +614,13 @@ def save_gif(rows, file, hz=10):
 
 def save_png(rows, file):
     """Each clip is four lines of pictures, time to the right: the three lower ones follow the context."""
-    n = max(row.shape[1] for row in rows.values())
-    lines = []
-    for row in rows.values():
-        white = ((0, 0), (0, n - row.shape[1]), (0, 0), (0, 0), (0, 0))
-        lines.append(np.pad(row, white, constant_values=255))
-    lines = rearrange(np.stack(lines), "rows clips n h w rgb -> (clips rows) n h w rgb")
-    paper = sheet(lines, beside=[*rows] * (len(lines) // len(rows)))
+    films = [*rows.values()]
+    clips, _, *picture = films[0].shape
+    longest = max(film.shape[1] for film in films)
+    lines = np.full((clips, len(rows), longest, *picture), 255, np.uint8)
+    for i, film in enumerate(films):
+        lines[:, i, : film.shape[1]] = film
+    paper = sheet(lines.reshape(-1, *lines.shape[2:]), beside=[*rows] * clips)
     write_whole(file, lambda temporary: paper.save(temporary, format="PNG"))
 
 def save_trace(strips, file, flow):
@@ -636,15 +634,17 @@ def save_curve(folder):
     """FOLDER/loss.png: the losses of log.jsonl over the steps, and below them what was dreamt on the way."""
     with open(f"{folder}/log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    curves = {}  # (colour, width): points (step, loss)
-    for key, look in (("loss", ((31, 119, 180), 2)), ("val_loss", ((255, 127, 14), 3))):
-        curves[look] = np.array([(line["step"], line[key]) for line in log if key in line])
-    losses = np.concatenate([points[:, 1] for points in curves.values() if len(points)])
+    curves = {}
+    for key in ("loss", "val_loss"):
+        points = [(line["step"], line[key]) for line in log if key in line]
+        if points:
+            curves[key] = np.array(points)
+    losses = np.concatenate([*curves.values()])[:, 1]
     gifs = sorted(glob(f"{escape(folder)}/samples/step_*.gif"))
     gifs = gifs[:: len(gifs) // 5 + 1]  # five at most
     canvas = Image.new("RGB", (760, 450 if gifs else 300), "white")
     draw = ImageDraw.Draw(canvas)
-    last = ", ".join(f"last {key} {log[-1][key]:.4g}" for key in ("loss", "val_loss") if key in log[-1])
+    last = ", ".join(f"last {key} {points[-1, 1]:.4g}" for key, points in curves.items())
     title = f"{folder} up to step {log[-1]['step']}: loss (blue), val_loss (orange); {last}"
     draw.text((60, 4), title, fill="black")
     # 1. The curves. The few largest losses are those of the start: they leave the picture at its top.
@@ -652,11 +652,10 @@ def save_curve(folder):
     for height, loss in zip((276, 150, 24), np.linspace(low, high, 3)):
         draw.line([(60, height), (748, height)], fill=(225, 225, 225))
         draw.text((4, height - 6), f"{loss:.4g}", fill="black")
-    for (colour, width), points in curves.items():
-        if len(points):
-            x = np.interp(points[:, 0], [0, log[-1]["step"]], [60, 748])
-            y = np.interp(points[:, 1], [low, high], [276, 24])
-            draw.line([*zip(x, y)], fill=colour, width=width)
+    for key, points in curves.items():
+        x = np.interp(points[:, 0], [0, log[-1]["step"]], [60, 748])
+        y = np.interp(points[:, 1], [low, high], [276, 24])
+        draw.line([*zip(x, y)], fill=COLOURS[key], width=2)
     # 2. The last frame of each GIF. Its third column is the prediction.
     for left, file in zip(range(60, 760, 138), gifs):
         with Image.open(file) as gif:
@@ -776,30 +775,29 @@ def main(argv=None):
     dtype, config = set_dtype(model, args), saved["config"]
     about = (f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device} in {dtype}: "
              f"{args.num}")
-    if args.plan:
-        print(f"{about} problems of planning, {json.dumps(settings)}")
-    else:
-        print(f"{about} clips of {clips.path}, {json.dumps(settings)}, other actions: {args.actions}")
+    what = "problems of planning" if args.plan else f"clips of {clips.path}, other actions: {args.actions}"
+    print(f"{about} {what}, {json.dumps(settings)}")
     # 2. The pictures go beside the checkpoint, but those of shipped weights go to out/.
     folder, name = os.path.split(ckpt)
-    beside = f"out/samples_{name[:-3]}" if folder.endswith("weights") else os.path.join(folder, "samples")
-    out = args.out or beside
+    out = args.out or os.path.join(folder, "samples")
+    if folder.endswith("weights") and not args.out:
+        out = f"out/samples_{name[:-3]}"
     # 3. The dreams.
-    if args.plan:
-        rows = plan_rows(model, tokenizer, args.num, args.horizon, args.seed, **settings)
-        save_gif(rows, f"{out}/plan.gif")
-        save_png(rows, f"{out}/plan.png")
-        print(f"wrote {out}/plan.gif and {out}/plan.png")
-    elif args.trace:
+    if args.trace and not args.plan:
         strips = trace(model, tokenizer, clips, args.num, args.seed, **settings)
         save_trace(strips, f"{out}/trace.png", flow=tokenizer.kind == "continuous")
         print(f"wrote {out}/trace.png")
+        return
+    if args.plan:
+        name, hz = "plan", robot.HZ
+        rows = plan_rows(model, tokenizer, args.num, args.horizon, args.seed, **settings)
     else:
+        name, hz = "dream", clips.hz
         dreams = dream(model, tokenizer, clips, args.num, args.seed, args.actions, args.rollout, **settings)
         rows = picture_rows(dreams, other=args.actions)
-        save_gif(rows, f"{out}/dream.gif", clips.hz)
-        save_png(rows, f"{out}/dream.png")
-        print(f"wrote {out}/dream.gif and {out}/dream.png")
+    save_gif(rows, f"{out}/{name}.gif", hz)
+    save_png(rows, f"{out}/{name}.png")
+    print(f"wrote {out}/{name}.gif and {out}/{name}.png")
 
 if __name__ == "__main__":
     main()

@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from blocks import VARIANTS, compile_blocks, count_flops, faster_dtype, knob
 from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare_data, split_folders
-from sample import (MODELS, describe, dream, last_checkpoint, load_tokenizer_for, picture_rows, restore,
-                    save_best, save_checkpoint, save_curve, save_gif, settings_of, spread, whole)
+from sample import (MODELS, describe, dream, in_bfloat16, last_checkpoint, load_tokenizer_for, picture_rows,
+                    restore, save_best, save_checkpoint, save_curve, save_gif, settings_of, spread, whole)
 from tokenizer import (Writer, barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
                        join_processes, peak_gb, rank_and_world, remembered_signals, sum_over_processes,
                        write_whole)
@@ -584,6 +584,8 @@ def show(config, about, sizes, ema, folder, step, device):
         if tokenizer and "val" in split_folders(folder):
             model = module.Model(sizes).to(device).eval()
             model.load_state_dict(weights)
+            if config.dtype == "bfloat16":
+                in_bfloat16(model)
             clips = open_clips(folder, "val")
             settings = settings_of({"config": asdict(config), "model_config": asdict(sizes)})
             dreams = dream(model, tokenizer, clips, min(4, len(clips)), **settings)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+import sample
 from conftest import TOY_PRESET
 from data import JOINTS, DataError, open_clips
 from evaluate import Inception, frechet, kid
@@ -422,6 +423,32 @@ def test_rows_equal_numpy(name, toy):
 
 
 @pytest.mark.parametrize("name", ["masked", "flow"])
+def test_scores_do_not_depend_on_the_batch(name, toy, monkeypatch):
+    """Batches of 8 and of 1 give the same scores, up to rounding: the noise of a clip is its own."""
+    model, tokenizer, _ = parts(name, toy)
+    clips, scores = open_clips(f"{toy}/raw", "train"), []  # 204 frames: three clips of five windows, spread
+    sizes, dreamer = [], model.sample
+    model.sample = lambda past, *args, **settings: sizes.append(len(past)) or dreamer(past, *args, **settings)
+    for at_once in (8, 1):
+        for module in (sample, evaluate):
+            monkeypatch.setattr(module, "AT_ONCE", at_once)
+        s = evaluate.evaluate(model, tokenizer, clips, num=2, **SETTINGS[name])
+        scores.append({**s, **evaluate.rollout(model, tokenizer, clips, 2, **SETTINGS[name])["rollout"]})
+        assert max(sizes) == at_once
+        sizes.clear()
+    for key in ("psnr", "psnr_shuffled_actions", "psnr_frozen_actions", "psnr_per_frame", "ssim", "psnr_copy_last"):
+        assert scores[0][key] == pytest.approx(scores[1][key], abs=2e-3), key
+
+
+def test_what_the_fid_is(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    said = evaluate.FID_IS["inception"]
+    assert said in capsys.readouterr().out
+    assert all(words in said for words in ("pytorch-fid", "bilinear", "N dreamt", "clean-fid", "legacy_pytorch", "do not compare"))
+
+
+@pytest.mark.parametrize("name", ["masked", "flow"])
 def test_a_model_blind_to_actions(name, toy):
     """TRAPS 4: with the action input cut, the same noise gives the same dream; open, actions matter."""
     model, tokenizer, clips = parts(name, toy)
@@ -596,20 +623,20 @@ def ckpt(toy):
 
 KEYS = """model variant params tokenizer_params clips frames psnr psnr_ci psnr_raw psnr_copy_last
 psnr_ceiling psnr_shuffled_actions delta_psnr psnr_per_frame fid fid_features fid_floor samples_per_s peak_gb
-device cross_entropy token_accuracy delta_psnr_groups rollout clip_list batch""".split()  # DESIGN 5
+device cross_entropy token_accuracy delta_psnr_groups rollout clip_list batch dtype fid_is""".split()  # DESIGN 5
 
 
 def test_command_line(ckpt, capsys):
     command = ["--ckpt", f"{ckpt}/masked.ckpt", "--num", "4", "--device", "cpu", "--inception", "random",
-               "--rollout", "2"]
+               "--rollout", "2", "--dtype", "bfloat16"]
     evaluate.main(command + ["--json", f"{ckpt}/one.json"])
     s, printed = json.load(open(f"{ckpt}/one.json")), capsys.readouterr().out
     assert set(KEYS) <= set(s)
     assert s["model"] == "masked" and s["variant"] == "base" and s["fid_features"] == "random_inception"
     for words in ("fd_random_inception", "N = 32", "N = 16", "the last frame", "clip's actions", "ceiling",
-                  f"list {s['clip_list'][:8]}", "4 at once", "delta_psnr of turn alone", "by window"):
+                  f"list {s['clip_list'][:8]}", "4 at once", "in bfloat16", "delta_psnr of turn alone", "by window", s["fid_is"]):
         assert words in printed
-    assert "FID" not in printed
+    assert "FID" not in printed and s["dtype"] == "bfloat16" and s["batch"] == 4
 
     # Two processes, clips divided: every number is the same
     with socket.socket() as port:

@@ -14,7 +14,8 @@ import flow_hwm
 import masked_hwm
 import sample
 from conftest import TOY_PRESET
-from tokenizer import fingerprint, load_tokenizer, write_whole
+from examples.robot import robot_episode
+from tokenizer import fingerprint, load_tokenizer, psnr, write_whole
 
 MAIN = os.path.dirname(os.path.abspath(sample.__file__))
 both = pytest.mark.parametrize("model", ["masked", "flow"])
@@ -179,6 +180,22 @@ def test_weights_with_the_older_names_are_loaded(trained, tmp_path, model):
     for weights in ("ema", "last"):
         a, b = (sample.load_model(f, weights=weights)[0].state_dict() for f in (file, tmp_path / "older.pt"))
         assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@both
+def test_weights_of_another_version_are_refused(toy, trained, tmp_path, model):
+    """Sampling and resuming say in one sentence whose file it is, what differs, and both ways out."""
+    saved = read(f"{trained[model]}/ckpt.pt")
+    for part in ("model", "ema"):
+        saved[part]["readout.weight"] = saved[part].pop("out.weight")
+    torch.save(saved, tmp_path / "other.pt")
+    net, optimizer, ema, about = world_model(toy, model)
+    with pytest.raises(data.DataError) as e:
+        sample.restore(sample.read_checkpoint(tmp_path / "other.pt"), net, optimizer, ema, Config(model), about)
+    said = ends("--ckpt", tmp_path / "other.pt", "--out", tmp_path / "out", "--device", "cpu")
+    assert f"{tmp_path}/other.pt" in said and "out/toy" in str(e.value)
+    for sentence in (said, str(e.value)):
+        assert all(words in sentence for words in ("out.weight is one of 2", "train it anew", "check out the commit"))
 
 
 @pytest.mark.parametrize("file", ["flow_full_tiny.pt", "masked_base_tiny.pt"])
@@ -460,6 +477,61 @@ def test_rollout_goes_on_from_the_dream(toy, trained, model):
     assert np.array_equal(long["truth"], short["truth"])
     same = sample.dream(net, tokenizer, clips, num=2, actions="true", **few)
     assert np.array_equal(same["prediction"], same["other"]), "the same noise: only the actions differ"
+
+
+@both
+def test_dreams_do_not_depend_on_those_beside_them(toy, trained, monkeypatch, model):
+    """Batches of 8 and of 1 give the same frames, up to rounding, though the sampler draws all that it draws at random."""
+    net, _ = sample.load_model(f"{trained[model]}/ckpt.pt")
+    tokenizer, clips = load_tokenizer(f"{toy}/{TOKENIZER[model]}.pt"), data.open_clips(f"{toy}/raw", "val")
+    sizes, dreamer, few = [], net.sample, dict(K=2, temperature=1.0) if model == "masked" else dict(steps=2)
+    net.sample = lambda past, *args, **settings: sizes.append(len(past)) or dreamer(past, *args, **settings)
+    together = sample.dream(net, tokenizer, clips, num=5, **few)
+    assert sizes == [8, 2]
+    monkeypatch.setattr(sample, "AT_ONCE", 1)
+    alone = sample.dream(net, tokenizer, clips, num=5, **few)
+    assert sizes == [8, 2] + [1] * 10
+    for row, frames in together.items():
+        assert abs(frames.astype(int) - alone[row]).max() <= 1, row
+    assert (together["prediction"][0] != together["prediction"][1]).any()
+
+
+@both
+def test_a_number_type_is_cast_once_and_its_dreams_stay_near(trained, monkeypatch, model):
+    """Weights of products are bfloat16 from then on; embeddings, norms and what the layers add up stay float32."""
+    args = sample.argparse.Namespace(dtype="auto", compile=False, device="cpu")
+    seen, dreams = [], []
+    past = {"masked": torch.randint(64, (2, 2, 4, 4)), "flow": torch.randn(2, 4, 2, 4, 4)}[model]
+    for choice in ("float32", "bfloat16"):
+        net, _ = sample.load_model(f"{trained[model]}/ckpt.pt")
+        monkeypatch.setattr(sample, "faster_dtype", lambda block, x, *rest, training: seen.append((block(x, *rest).shape, training)) or choice)
+        assert sample.set_dtype(net, args, at_once=3) == choice
+        net.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+        dreams.append(net.logits(past[:, [0, 0, 1]], torch.ones(2, 1, 4, 4) > 0, torch.ones(2, 17, 25)) if model == "masked"
+                      else net.velocity(past[:, :, :1], torch.zeros(1), past, torch.ones(2, 17, 25)))
+        types = {type(part).__name__: part.weight.dtype for part in net.blocks.modules() if hasattr(part, "weight")}
+        assert types.pop("Linear") == getattr(torch, choice) and set(types.values()) <= {torch.float32}
+    assert seen == 2 * [((3, 3 * 16 + 17, 24), False), torch.float32]
+    difference = (dreams[0] - dreams[1].float()).abs().max() / dreams[0].abs().max()
+    assert 1e-5 < difference < 0.03
+
+
+@pytest.mark.parametrize("name", ["masked_base", "flow_full"])
+def test_bfloat16_costs_the_shipped_models_nothing(name):
+    model, saved = sample.load_model(f"{MAIN}/weights/{name}_tiny.pt")
+    tokenizer, scores = sample.load_tokenizer_for(saved["tokenizer"]), []
+    episodes = [robot_episode(900 + i, 17) for i in range(16)]
+    video = sample.to_video(torch.stack([torch.from_numpy(frames) for frames, _ in episodes]))
+    actions = torch.stack([torch.from_numpy(states) for _, states in episodes])
+    with torch.no_grad():
+        latents = tokenizer.encode(video)
+        target = sample.to_uint8(tokenizer.decode(latents))[:, 9:].flatten(0, 1)
+    for make in (lambda model: None, sample.in_bfloat16):
+        make(model)
+        frames = sample.continue_video(model, tokenizer, latents.narrow(-3, 0, 2), actions, **sample.settings_of(saved),
+                                       noise=[torch.Generator().manual_seed(i) for i in range(16)])
+        scores.append(psnr(frames.flatten(0, 1), target).mean())
+    assert 0 < abs(scores[0] - scores[1]) < 0.05
 
 
 @both
