@@ -224,19 +224,20 @@ class FlowHWM(nn.Module):
     # ---- the sampler -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, latents_p, actions, steps=50, cfg=1.0, method="euler", generator=None, trace=None,
-               same_noise=False):
+    def sample(self, latents_p, actions, steps=50, cfg=1.0, method="euler", temperature=1.0, generator=None,
+               trace=None, same_noise=False):
         """Dreams future latents (B, C, T_f, H, W) after the past ones (B, C, T_p, H, W), as many as the
         actions (B, F, A) cover. steps and method: see `integrate`. cfg: scale of classifier-free guidance, 1
-        for none. trace: a list that receives the noise, and the latents after every step. same_noise: all
-        clips of the batch start from the same, so that what differs is due to their actions."""
+        for none. temperature: scale of the noise to start from, below 1 for likelier dreams. trace: a list
+        that receives the noise, and the latents after every step. same_noise: all clips of the batch start
+        from the same, so that what differs is due to their actions."""
         if cfg != 1 and self.config.p_drop == 0:
             raise DataError(f"cfg {cfg:g} needs a model that was also trained without its conditions, but "
                             "this one has p_drop 0: leave cfg out, or give 1")
         B, C, _, H, W = latents_p.shape
         T_f = self.layout.for_actions(actions.shape[1]).T_f
         v_p = self.standardise_latents(latents_p)
-        X_0 = torch.randn(1 if same_noise else B, C, T_f, H, W, generator=generator)
+        X_0 = temperature * torch.randn(1 if same_noise else B, C, T_f, H, W, generator=generator)
         X_0 = X_0.to(v_p).expand(B, -1, -1, -1, -1)
         kept = torch.tensor([True, False], device=v_p.device).repeat_interleave(B)
 
