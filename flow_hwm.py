@@ -224,11 +224,13 @@ class FlowHWM(nn.Module):
     # ---- the sampler -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, latents_p, actions, steps=50, cfg=1.0, method="euler", generator=None, trace=None):
+    def sample(self, latents_p, actions, steps=50, cfg=1.0, method="euler", temperature=1.0, generator=None,
+               trace=None):
         """Dreams future latents (B, C, T_f, H, W) after the past ones (B, C, T_p, H, W), as many as the
         actions (B, F, A) cover. steps and method: see `integrate`. cfg: scale of classifier-free guidance, 1
-        for none. generator: of the noise; a list holds one for each clip, whose dream then does not depend on
-        those beside it. trace: a list that receives the noise, and the latents after every step."""
+        for none. temperature: scale of the noise to start from, below 1 for likelier dreams. generator: of
+        the noise; a list holds one for each clip, whose dream then does not depend on those beside it.
+        trace: a list that receives the noise, and the latents after every step."""
         if cfg != 1 and self.config.p_drop == 0:
             raise DataError(f"cfg {cfg:g} needs a model that was also trained without its conditions, but "
                             "this one has p_drop 0: leave cfg out, or give 1")
@@ -236,7 +238,8 @@ class FlowHWM(nn.Module):
         T_f = self.layout.for_actions(actions.shape[1]).T_f
         v_p = self.standardise_latents(latents_p)
         generators = generator if isinstance(generator, list) else [generator] * B
-        X_0 = torch.stack([torch.randn(C, T_f, H, W, generator=g) for g in generators]).to(v_p)
+        noise = torch.stack([torch.randn(C, T_f, H, W, generator=g) for g in generators])
+        X_0 = temperature * noise.to(v_p)
         kept = torch.tensor([True, False], device=v_p.device).repeat_interleave(B)
 
         def guided(X, t):

@@ -670,7 +670,7 @@ def save_curve(folder):
 
 SETTINGS = {  # for each model, what a flag is called by its sampler
     "masked": {"steps": "K", "temperature": "temperature", "order": "order", "mean": "mean"},
-    "flow": {"steps": "steps", "cfg": "cfg", "method": "method"}}
+    "flow": {"steps": "steps", "cfg": "cfg", "method": "method", "temperature": "temperature"}}
 
 def settings_of(saved, args=None):
     """The sampler's settings as a dict: the preset's, replaced by what the flags `args` ask for. A flow model
@@ -697,7 +697,7 @@ def add_sampling_flags(p, nargs=None):
     p.add_argument("--tokenizer", default="", help="default: the one that the checkpoint names")
     p.add_argument("--steps", type=int, help="masked: K of a latent frame; flow: the solver's steps")
     p.add_argument("--cfg", type=float, help="flow: scale of classifier-free guidance, 1 for none")
-    p.add_argument("--temperature", type=float, help="masked: of the tokens drawn, 0 for the likeliest")
+    p.add_argument("--temperature", type=float, help="of what is drawn, 0 for the likeliest")
     p.add_argument("--mean", action=argparse.BooleanOptionalAction, help="masked: ids nearest to the mean")
     p.add_argument("--order", choices=["random", "confidence"], help="masked: which ids stay first")
     p.add_argument("--method", choices=["euler", "midpoint"], help="flow: the solver")

@@ -452,6 +452,16 @@ def test_temperature_zero_is_the_limit_of_low_temperatures():
     assert torch.equal(torch.rand(3, generator=g), torch.rand(3, generator=generator()))
 
 
+def test_a_flow_at_half_temperature_starts_from_half_the_noise():
+    model, (latents, actions), first = toy_model("flow"), toy_clips("flow"), {}
+    for T in (1.0, 0.5, 0.0):
+        trace = []
+        model.sample(latents[:, :, :2], actions, steps=1, temperature=T, generator=generator(), trace=trace)
+        first[T] = model.standardise_latents(trace[0])
+    close(first[0.5], first[1.0] / 2)
+    assert not first[0.0].any() and first[1.0].std() > 0.5
+
+
 def test_the_mean_of_codes_by_hand():
     """Digits of levels (5, 3): id = first + 5 * second. Two likely ids far apart, and one alone."""
     p = torch.zeros(2, 15)

@@ -723,7 +723,7 @@ def test_sampling_flags_reach_the_sampler(trained, monkeypatch, tmp_path):
     assert set(seen) == {(3, "midpoint")}
 
 
-@pytest.mark.parametrize("model, flag, value", [("flow", "temperature", 0.5), ("flow", "order", "confidence"), ("masked", "cfg", 2.0),
+@pytest.mark.parametrize("model, flag, value", [("flow", "order", "confidence"), ("masked", "cfg", 2.0),
                                                 ("masked", "method", "midpoint")])
 def test_flags_of_the_other_model_are_refused(trained, tmp_path, model, flag, value):
     assert f"--{flag}" in ends("--ckpt", f"{trained[model]}/ckpt.pt", "--out", tmp_path, f"--{flag}", value)
