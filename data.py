@@ -180,7 +180,8 @@ class Mp4:
                 times, is_key, is_discarded = np.array(sorted(table[:-1])).T  # the last one has no time
                 self.keys, self.times = times[is_key == 1], times[is_discarded == 0]
         n = self.times.size
-        check(self.frames in (None, n), f"{self.file} has {n} frames for {self.frames} states: fetch it again")
+        check(self.frames in (None, n),
+              f"{self.file} has {n} frames for {self.frames} states: fetch that shard again")
         return self
 
     def __getitem__(self, numbers):
@@ -713,7 +714,7 @@ def end_with_parent():
     threading.Thread(target=wait_and_end, daemon=True).start()
 
 def ahead(pool, n, function, jobs):
-    """map(function, jobs), of which a pool's threads or processes do up to n before their turn."""
+    """map(function, jobs), of which a pool's threads do up to n before their turn."""
     waiting = []
     for job in jobs:
         waiting.append(pool.submit(function, job))
@@ -754,12 +755,16 @@ def make_split(folder, settings, shards, make_shard, meta, shard_bytes, share=No
     # 3. Make our share, here or on all cores.
     rank, world = share or (0, 1)
     mine = [i for i in todo if i % world == rank]
-    make, workers = functools.partial(make_one, folder, make_shard), min(os.cpu_count(), len(mine), 60)
+    workers = 1 if share else min(os.cpu_count(), len(mine), 60)
+    make = functools.partial(make_one, folder, make_shard)
     bar = tqdm(total=sum(units[i] for i in mine), unit=unit, desc=f"{title} {folder}",
                disable=rank > 0 or not progress or not mine)
-    pool = ProcessPoolExecutor(max(1, workers), initializer=end_with_parent)
-    with bar, pool, reading(folder, "is not whole", "run this again"):
-        for i in map(make, mine) if share or workers < 2 else ahead(pool, workers, make, mine):
+    with bar, reading(folder, "is not whole", "run this again"), contextlib.ExitStack() as stack:
+        made = map(make, mine)
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=end_with_parent))
+            made = pool.map(make, mine)
+        for i in made:
             bar.update(units[i])
     # 4. Other ranks may still be at theirs. metadata.json, written last, makes this a data folder.
     metadata = f"{folder}/metadata.json"
@@ -851,11 +856,10 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     def make_shard(j):
         batches = BatchSampler(shards[j], batch, drop_last=False)
         latents, actions = [], []
-        bar = tqdm(batches, f"shard {j}", leave=False, disable=quiet)
-        for items in ahead(pool, READERS, read, batches) if on_gpu else map(read, batches):
+        items_of = ahead(pool, READERS, read, batches) if on_gpu else map(read, batches)
+        for items in tqdm(items_of, f"shard {j}", len(batches), leave=False, disable=quiet):
             latents.append(encoded(items))
             actions += [item["actions"] for item in items]
-            bar.update()
         segments = clips.segment(clips.starts[shards[j]])
         return np.concatenate(latents), np.concatenate(actions), np.repeat(segments, FRAMES)
 
