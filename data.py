@@ -159,7 +159,7 @@ class Mp4:
     presentation times of all packets, which stays exact with B-frames and edit lists. A read seeks to the
     keyframe before and decodes forward, or goes on with the decoder of the last read. After a fork the
     parent's stays in `last`, unused: to close it would be to wait for its threads, which are not here."""
-    last = {}  # (process, thread) -> (the Mp4 read last, time of its last frame, decoder)
+    last = {}  # process id -> (the Mp4 read last, time of its last frame, decoder), while no thread reads it
 
     def __init__(self, file, frames=None):
         self.file, self.frames, self.times = file, frames, None
@@ -185,8 +185,7 @@ class Mp4:
         return self
 
     def __getitem__(self, numbers):
-        here, found = (os.getpid(), threading.get_ident()), []
-        want = self.index().times[numbers]
+        want, here, found = self.index().times[numbers], os.getpid(), []
         with reading(self.file, f"does not decode at frames {numbers[0]}..{numbers[-1]}"):
             key = self.keys[self.keys <= want[0]][-1]
             video, last, frames = Mp4.last.pop(here, (None, None, None))
