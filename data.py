@@ -44,8 +44,9 @@ import torch
 from torch.utils.data import BatchSampler, Dataset
 from tqdm import tqdm
 
-from tokenizer import (DataError, barrier, command, fingerprint, load_tokenizer, rank_and_world, to_uint8,
-                       to_video, write_whole)
+from tokenizer import (DataError, barrier, command, fingerprint, load_tokenizer, rank_and_world, to_video,
+                       write_whole)
+from tokenizer import to_uint8  # noqa: F401, the inverse of to_video, for those who take both from here
 
 FRAMES, PAST, FUTURE = 17, 9, 8  # a clip is 9 past and 8 future frames, 1 + 2 x 8, so 3 latent frames
 VOCAB_SIZE = 64_000  # of the 1X files (Cosmos DV): 8 * 8 * 8 * 5 * 5 * 5
