@@ -44,8 +44,9 @@ import torch
 from torch.utils.data import BatchSampler, Dataset
 from tqdm import tqdm
 
-from tokenizer import (DataError, barrier, command, fingerprint, load_tokenizer, rank_and_world, to_uint8,
-                       to_video, write_whole)
+from tokenizer import (DataError, barrier, command, fingerprint, load_tokenizer, rank_and_world, to_video,
+                       write_whole)
+from tokenizer import to_uint8  # noqa: F401, the inverse of to_video, for those who take both from here
 
 FRAMES, PAST, FUTURE = 17, 9, 8  # a clip is 9 past and 8 future frames, 1 + 2 x 8, so 3 latent frames
 VOCAB_SIZE = 64_000  # of the 1X files (Cosmos DV): 8 * 8 * 8 * 5 * 5 * 5
@@ -159,7 +160,7 @@ class Mp4:
     presentation times of all packets, which stays exact with B-frames and edit lists. A read seeks to the
     keyframe before and decodes forward, or goes on with the decoder of the last read. After a fork the
     parent's stays in `last`, unused: to close it would be to wait for its threads, which are not here."""
-    last = {}  # (process, thread) -> (the Mp4 read last, time of its last frame, decoder)
+    last = {}  # process id -> (the Mp4 read last, time of its last frame, decoder), while no thread reads it
 
     def __init__(self, file, frames=None):
         self.file, self.frames, self.times = file, frames, None
@@ -180,12 +181,12 @@ class Mp4:
                 times, is_key, is_discarded = np.array(sorted(table[:-1])).T  # the last one has no time
                 self.keys, self.times = times[is_key == 1], times[is_discarded == 0]
         n = self.times.size
-        check(self.frames in (None, n), f"{self.file} has {n} frames for {self.frames} states: fetch it again")
+        check(self.frames in (None, n),
+              f"{self.file} has {n} frames for {self.frames} states: fetch that shard again")
         return self
 
     def __getitem__(self, numbers):
-        here, found = (os.getpid(), threading.get_ident()), []
-        want = self.index().times[numbers]
+        want, here, found = self.index().times[numbers], os.getpid(), []
         with reading(self.file, f"does not decode at frames {numbers[0]}..{numbers[-1]}"):
             key = self.keys[self.keys <= want[0]][-1]
             video, last, frames = Mp4.last.pop(here, (None, None, None))
@@ -314,180 +315,11 @@ class Reader1X:
     def states(self, i):
         return open_array(self.state_files[i], "<f4", (self.lengths[i], len(self.names)))
 
-# ---- one split of a LeRobot dataset --------------------------------------------------------------
+# ---- clips ---------------------------------------------------------------------------------------
 
 SOURCE = {"camera": "of a LeRobot folder: which camera (default: the only one, or the head's)",
           "fit": "crop: the centre square of its frames (default); pad: all of them, with black bars",
           "actions": "observation.state (default), or action: commands, told where they take effect"}
-PARTS = {"base": r"base|wheel|odom|linear|angular|^(x|y|theta)\b", "head": "head|neck",  # the first counts
-         "waist": "waist|torso", "leg": "leg|hip|knee|ankle", "hand": "hand|grip|finger|claw", "arm": ""}
-
-class ReaderLeRobot:
-    """One split of a LeRobot dataset of version 2.0, 2.1 or 3.0 as it lies, see Reader1X. Every episode is a
-    shard and a recording; the last tenth of them, but at least one, is for validation. SOURCE says what can
-    be chosen. A camera's name, or the last part of it, is a feature's. Of `actions` that begin with "action"
-    the command of frame k takes effect at frame k + 1, whose state it is here; an episode's frame 0 has none
-    and is left out."""
-    kind, keep, vocab_size, segment_ids, on_grid = "raw", (), VOCAB_SIZE, "global", False
-
-    def __init__(self, path, split, camera="", fit="crop", actions="observation.state"):
-        self.path, self.column, self.fit, self.late = path, actions, fit, int(actions.startswith("action"))
-        self.tables, self.mp4s, self.file = {}, {}, only(is_lerobot(path))
-        version = read_json(self.file).get("codebase_version")
-        check(version in ("v2.0", "v2.1", "v3.0"), f"{self.file} says codebase_version = {version!r}: bring "
-                                                   "the data to v2.1 or v3.0 with lerobot's own converters")
-        check(fit in ("crop", "pad"), f"{path} cannot be read with --fit {fit}: give crop or pad")
-        self.info = read_json(self.file, "fps", "features", "data_path")
-        self.hz = float(self.info["fps"])
-        with reading(self.file):
-            self.camera, self.names = self._find_camera(camera), self._find_names()
-            self._find_episodes(version, split)
-        self.meta = {"robot": self.info.get("robot_type") or "LeRobot",
-                     "opened": {"camera": self.camera, "fit": fit, "actions": actions}}
-        for j, name in enumerate(map(str.lower, self.names)):
-            if name != f"state_{j}":  # a name that says its group
-                part = next(part for part, words in PARTS.items() if re.search(words, name))
-                group = "_".join([*re.findall("left|right", name)[:1], part])
-                self.meta.setdefault("groups", {}).setdefault(group, []).append(j)
-
-    def _find_camera(self, name):
-        """The feature of the camera. Of two on one head it is the first."""
-        cameras = [key for key, about in self.info["features"].items()
-                   if about["dtype"] == "video" and "depth" not in key]
-        if name:
-            found = [key for key in cameras if name in (key, key.rpartition(".")[2])]
-        else:
-            heads = [key for key in cameras if re.search("(?<![a-z])(head|ego)", key)]
-            found = heads or cameras[:len(cameras) == 1]
-        check(found, f"{self.file} lists as videos: {', '.join(cameras) or 'none'}. Give one of them as "
-                     "--camera, or write the set with use_videos: pictures are not read")
-        return found[0]
-
-    def _find_names(self):
-        """Names of the states, listed as [names], [[names]], {"motors": [names]} or {name: number}."""
-        features = self.info["features"]
-        about = features.get(self.column, {"shape": ()})
-        check(len(about["shape"]) == 1, f"{self.file} lists no vectors {self.column}, but "
-                                        f"{', '.join(features)}: choose one by --actions")
-        A, parts = about["shape"][0], about.get("names") or []
-        if isinstance(parts, dict):
-            parts = [part for part in parts.values() if isinstance(part, list)] or parts
-        names = [str(name) for part in parts for name in np.ravel(part)]
-        if len(names) != A:
-            names = [f"STATE_{j}" for j in range(A)]
-        return tuple(f"{name}_{j}" if names.count(name) > 1 else name for j, name in enumerate(names))
-
-    def _find_episodes(self, version, split):
-        """Finds the split's `rows`, a dict for each episode with its number and length and, in v3.0, where in
-        which file its states and its frames are; and checks that all files are there."""
-        # 1. All episodes, in order of their numbers.
-        fields = ["chunk_index", "file_index", "from_timestamp", "to_timestamp"]
-        columns = [f"{place}/{field}" for place in ("data", f"videos/{self.camera}") for field in fields]
-        files, rows, frames = [f"{self.path}/meta/episodes.jsonl"], [], 0
-        if version == "v3.0":
-            files = sorted(map(str, Path(self.path, "meta/episodes").rglob("*.parquet")))
-        for file in files:
-            with reading(file):
-                if version == "v3.0":
-                    rows += read_parquet(file, ["episode_index", "length", *columns]).to_pylist()
-                else:
-                    rows += map(json.loads, Path(file).read_text().splitlines())
-                rows.sort(key=lambda row: row["episode_index"])
-                frames = sum(row["length"] for row in rows)
-        for key, number in {"total_episodes": len(rows), "total_frames": frames}.items():
-            want = self.info.get(key, number)
-            check(number == want, f"{self.path}/meta/episodes lists {key} = {number}, info.json says {want}: "
-                                  "finish the download")
-        # 2. Those of the split that have a frame.
-        rows = [row for row in rows if row["length"] > self.late]
-        n_val = max(1, len(rows) // 10)
-        check(len(rows) > n_val, f"{self.path} has {len(rows)} episode, but one is to validate: record more")
-        say_once(f"{self.path}: camera {self.camera} ({self.fit}), states {self.column}; the last {n_val} of "
-                 f"{len(rows)} episodes validate")
-        self.rows = rows = rows[-n_val:] if split == "val" else rows[:-n_val]
-        self.lengths = [row["length"] - self.late for row in rows]
-        self.edges = np.cumsum([0, *self.lengths])
-        # 3. Their files.
-        self.files = [self._locate("video_path", f"videos/{self.camera}", row) for row in rows]
-        self.data_files = [self._locate("data_path", "data", row) for row in rows]
-        numbers = [row["episode_index"] for row in rows]
-        self.state_files = [f"{file}, episode {k}," for file, k in zip(self.data_files, numbers)]
-
-    def _locate(self, key, place, row):
-        """The file of an episode: version 2 counts episodes, version 3 says chunk and file of each."""
-        number, size = row["episode_index"], self.info.get("chunks_size", 1000)
-        fields = {"video_key": self.camera, "episode_index": number, "episode_chunk": number // size}
-        for name in ("chunk_index", "file_index"):
-            fields[name] = row.get(f"{place}/{name}")
-        return only([os.path.join(self.path, self.info[key].format(**fields))])
-
-    def rows_of(self, i):
-        """Times in seconds (n,) and states (n, A) of all rows of episode i, in the order of their times."""
-        file, columns = self.data_files[i], ["episode_index", "timestamp", self.column]
-        # 1. The whole table, whose columns come in the file's order.
-        if file not in self.tables:
-            with reading(file):
-                table = read_parquet(file, columns)
-                episodes, times, states = [np.array(table[name].to_pylist()) for name in columns]
-                self.tables[file] = episodes, times, np.float32(states).reshape(-1, len(self.names))
-        episodes, times, states = self.tables[file]
-        # 2. The episode's own rows.
-        n, own = self.rows[i]["length"], np.flatnonzero(episodes == self.rows[i]["episode_index"])
-        own = own[np.argsort(times[own])]
-        steps = np.diff(times[own]) * self.hz
-        odd = np.flatnonzero(abs(steps - 1) >= 0.5)
-        check(own.size == n and odd.size == 0,
-              f"{self.state_files[i]} has {own.size} rows where {n} are listed, or does not go on at "
-              f"{self.hz:g} Hz after rows {odd[:5]}: fetch or record that episode again")
-        return times[own], states[own]
-
-    def states(self, i):
-        return self.rows_of(i)[1][:self.lengths[i]]
-
-    def video(self, i):
-        file = self.files[i]
-        if file not in self.mp4s:
-            self.mp4s[file] = Mp4(file)  # with its times, for all episodes in it
-        return EpisodeVideo(self, i, self.mp4s[file])
-
-class EpisodeVideo:
-    """The square frames of an episode: `video[array of numbers]` -> uint8 (n, S, S, 3)."""
-
-    def __init__(self, reader, i, mp4):
-        self.reader, self.i, self.mp4 = reader, i, mp4
-        sides = mp4.shape[1:3]
-        side = max(sides) if reader.fit == "pad" else min(sides)
-        self.shape = (reader.lengths[i], side, side, 3)
-
-    def index(self):
-        """Numbers of the episode's frames in the file. The plain way is to count from its first frame on,
-        which after a missing or doubled one is wrong in silence. Here a row's frame is the one at its time,
-        or less than half a frame before or after it, and there are no others."""
-        reader, row = self.reader, self.reader.rows[self.i]
-        start, stop = (row.get(f"videos/{reader.camera}/{end}_timestamp") for end in ("from", "to"))
-        half, seconds = 0.5 / reader.hz, self.mp4.index().times * self.mp4.tick
-        want = (start or 0) + reader.rows_of(self.i)[0]
-        first, last = np.searchsorted(seconds, [want[0] - half, (stop or np.inf) - half])
-        found = seconds[first:last]
-        check(found.size == want.size and max(abs(found - want)) < half,
-              f"{self.mp4.file} has {found.size} frames for {want.size} rows of {reader.state_files[self.i]} "
-              "or not at their times: fetch or record that episode again")
-        return np.arange(first, last)[reader.late:]
-
-    def __getitem__(self, frames):
-        video, side = self.mp4[self.index()[frames]], self.shape[1]
-        height, width = video.shape[1:3]
-        top, left = abs(height - side) // 2, abs(width - side) // 2
-        if self.reader.fit == "crop":
-            return video[:, top:top + side, left:left + side]
-        bars = [(0, 0), (top, side - height - top), (left, side - width - left), (0, 0)]
-        return np.pad(video, bars)
-
-def read_parquet(file, columns):
-    from pyarrow import parquet
-    return parquet.ParquetFile(file).read(columns)
-
-# ---- clips ---------------------------------------------------------------------------------------
 
 class Clips(Dataset):
     """All usable clips of one split, in order; `open_clips` makes it and says what an item is. `shape` is
@@ -598,6 +430,7 @@ def open_reader(folder, split, **source):
     """The reader of one split. `source` chooses among what a LeRobot dataset holds several of."""
     source = {key: value for key, value in source.items() if value}
     if is_lerobot(folder):
+        from examples.lerobot import ReaderLeRobot
         return ReaderLeRobot(folder, split, **source)
     for key, value in source.items():
         raise DataError(f"{folder} is no LeRobot dataset, to which --{key} {value} belongs: leave it out")
@@ -713,7 +546,7 @@ def end_with_parent():
     threading.Thread(target=wait_and_end, daemon=True).start()
 
 def ahead(pool, n, function, jobs):
-    """map(function, jobs), of which a pool's threads or processes do up to n before their turn."""
+    """map(function, jobs), of which a pool's threads do up to n before their turn."""
     waiting = []
     for job in jobs:
         waiting.append(pool.submit(function, job))
@@ -754,12 +587,16 @@ def make_split(folder, settings, shards, make_shard, meta, shard_bytes, share=No
     # 3. Make our share, here or on all cores.
     rank, world = share or (0, 1)
     mine = [i for i in todo if i % world == rank]
-    make, workers = functools.partial(make_one, folder, make_shard), min(os.cpu_count(), len(mine), 60)
+    workers = 1 if share else min(os.cpu_count(), len(mine), 60)
+    make = functools.partial(make_one, folder, make_shard)
     bar = tqdm(total=sum(units[i] for i in mine), unit=unit, desc=f"{title} {folder}",
                disable=rank > 0 or not progress or not mine)
-    pool = ProcessPoolExecutor(max(1, workers), initializer=end_with_parent)
-    with bar, pool, reading(folder, "is not whole", "run this again"):
-        for i in map(make, mine) if share or workers < 2 else ahead(pool, workers, make, mine):
+    with bar, reading(folder, "is not whole", "run this again"), contextlib.ExitStack() as stack:
+        made = map(make, mine)
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=end_with_parent))
+            made = pool.map(make, mine)
+        for i in made:
             bar.update(units[i])
     # 4. Other ranks may still be at theirs. metadata.json, written last, makes this a data folder.
     metadata = f"{folder}/metadata.json"
@@ -851,11 +688,10 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     def make_shard(j):
         batches = BatchSampler(shards[j], batch, drop_last=False)
         latents, actions = [], []
-        bar = tqdm(batches, f"shard {j}", leave=False, disable=quiet)
-        for items in ahead(pool, READERS, read, batches) if on_gpu else map(read, batches):
+        items_of = ahead(pool, READERS, read, batches) if on_gpu else map(read, batches)
+        for items in tqdm(items_of, f"shard {j}", len(batches), leave=False, disable=quiet):
             latents.append(encoded(items))
             actions += [item["actions"] for item in items]
-            bar.update()
         segments = clips.segment(clips.starts[shards[j]])
         return np.concatenate(latents), np.concatenate(actions), np.repeat(segments, FRAMES)
 
