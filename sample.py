@@ -366,9 +366,9 @@ def to_frames(video, tokenizer):
         return video
     return to_uint8(tokenizer.decode(to_latents(video, tokenizer)).cpu())[0]
 
-def same_noise(seed, n):
-    """Generators of n dreams that all begin with the same noise."""
-    return [torch.Generator().manual_seed(seed) for _ in range(n)]
+def noise_of(seeds):
+    """A generator for each dream; those of one seed begin with the same noise."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 def continue_video(model, tokenizer, past, actions, windows=1, noise=None, **settings):
     """Past latents (B, [C,] T_p, H, W), actions (B, 9 + 8 windows, A) -> frames (B, 8 windows, H, W, 3).
@@ -427,7 +427,7 @@ def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1,
         # 3. Two dreams. The noise of a clip is its own, whichever clips are dreamt beside it.
         pasts += [past, past]
         courses += [recorded, changed]
-        noise += same_noise(seed + i, 2)
+        noise += noise_of([seed + i] * 2)
     pasts, courses = torch.cat(pasts), torch.stack(courses)
     films = continue_video(model, tokenizer, pasts, courses, windows, noise, **settings)
     rows = {"context": torch.stack(context), "truth": torch.stack(truth),
@@ -443,7 +443,7 @@ def trace(model, tokenizer, clips, num=4, seed=0, **settings):
         past = to_latents(clips[i]["video"], tokenizer).narrow(-3, 0, model.layout.T_p)
         actions = clips[i]["actions"].to(past.device)
         steps, strip = [], []
-        model.sample(past, actions[None], generator=same_noise(seed + i, 1), trace=steps, **settings)
+        model.sample(past, actions[None], generator=noise_of([seed + i]), trace=steps, **settings)
         for step in steps:
             if tokenizer.kind == "discrete":
                 latents, hidden = step
@@ -539,7 +539,7 @@ def plan_by_model(model, tokenizer, frames, states, goal, horizon=1, seed=0, **s
         n = len(future)
         actions = torch.cat([known.expand(n, -1, -1), future], dim=1)
         return continue_video(model, tokenizer, past.expand(n, *past.shape[1:]), actions, horizon,
-                              same_noise(seed, n), **settings).numpy()
+                              noise_of([seed] * n), **settings).numpy()
 
     goal = through(tokenizer, goal[None, None])[0, 0]
     commands = plan(lambda tries: imagine(tries)[:, -1], goal, horizon, seed)
