@@ -8,7 +8,7 @@
     python sample.py --ckpt weights/flow_full_tiny.pt --play               # drive through it, in a browser
 
 The pictures show context | truth | prediction | the same context with other actions. The heart of the file is
-`continue_batch` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
+`continue_video` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
 sampler and the tokenizer's decoder and become frames (B, 8, H, W, 3), uint8.
 """
 import argparse
