@@ -37,8 +37,8 @@ from data import FRAMES, FUTURE, JOINTS, PAST, open_clips
 from examples.robot import robot_render
 from flow_hwm import interpolate, target_velocity
 from sample import (AT_ONCE, COMMANDS, MODELS, add_sampling_flags, change_actions, check_sampling_flags,
-                    commanded, continue_video, distance, follow, load_fitting, plan, plan_by_model,
-                    plan_problem, same_noise, set_dtype, spread, through, to_latents)
+                    commanded, continue_video, distance, follow, load_fitting, noise_of, plan, plan_by_model,
+                    plan_problem, set_dtype, spread, through, to_latents)
 from tokenizer import (PRESETS, DataError, Tokenizer, command, count_parameters, fingerprint, psnr,
                        rank_and_world, to_uint8, write_whole)
 from train import barrier, device_of, peak_gb
@@ -337,9 +337,8 @@ def dream_clip(model, tokenizer, clip, told, seed=0, **settings):
     noise; "oracle" is that of a model that knows the latents of the future."""
     shown, z = through_windows(model, tokenizer, clip)
     past, future = z.tensor_split([model.layout.T_p], dim=-3)
-    n, noise = len(told), same_noise(seed + clip["index"], len(told))
-    courses = torch.stack([*told.values()])
-    pasts = past.expand(n, *past.shape[1:])
+    courses, noise = torch.stack([*told.values()]), noise_of([seed + clip["index"]] * len(told))
+    pasts = torch.cat([past] * len(told))
     films = continue_video(model, tokenizer, pasts, courses, noise=noise, **settings)
     oracle = SimpleNamespace(layout=model.layout, parameters=model.parameters, sample=lambda *_, **__: future)
     known = continue_video(oracle, tokenizer, past, courses[:1])
@@ -492,15 +491,12 @@ def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
     batches = range(rank * AT_ONCE, len(chosen), world * AT_ONCE)  # the same for any number of processes
     for first in tqdm(batches, desc="rollouts", unit="batch", disable=rank > 0):
         some = [clips[i] for i in chosen[first : first + AT_ONCE]]
-        through, pasts, noise = [], [], []
-        for clip in some:
-            shown, z = through_windows(model, tokenizer, clip)
-            through.append(shown)
-            pasts.append(z[:1].narrow(-3, 0, model.layout.T_p))
-            noise += same_noise(seed + clip["index"], 1)
+        through = [through_windows(model, tokenizer, clip) for clip in some]
+        pasts = torch.cat([z[:1] for _, z in through]).narrow(-3, 0, model.layout.T_p)
         actions = torch.stack([clip["actions"] for clip in some])
-        films = continue_video(model, tokenizer, torch.cat(pasts), actions, windows, noise, **settings)
-        for j, (shown, film) in enumerate(zip(through, films), start=first):
+        noise = noise_of(seed + clip["index"] for clip in some)
+        films = continue_video(model, tokenizer, pasts, actions, windows, noise, **settings)
+        for j, ((shown, _), film) in enumerate(zip(through, films), start=first):
             found[j] = compare({**shown, "prediction": film}, ROWS, psnr=psnr)
     curves = {}
     for key, scores in gather(found).items():

@@ -8,7 +8,7 @@
     python sample.py --ckpt weights/flow_full_tiny.pt --play               # drive through it, in a browser
 
 The pictures show context | truth | prediction | the same context with other actions. The heart of the file is
-`continue_batch` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
+`continue_video` (Sec. 3.1, 3.2): past latents (B, [C,] T_p, H, W) and actions (B, F, A) pass the model's
 sampler and the tokenizer's decoder and become frames (B, 8, H, W, 3), uint8.
 """
 import argparse
@@ -367,9 +367,9 @@ def to_frames(video, tokenizer):
         return video
     return to_uint8(tokenizer.decode(to_latents(video, tokenizer)).cpu())[0]
 
-def same_noise(seed, n):
-    """Generators of n dreams that all begin with the same noise."""
-    return [torch.Generator().manual_seed(seed) for _ in range(n)]
+def noise_of(seeds):
+    """A generator for each dream; those of one seed begin with the same noise."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 def continue_video(model, tokenizer, past, actions, windows=1, noise=None, **settings):
     """Past latents (B, [C,] T_p, H, W), actions (B, 9 + 8 windows, A) -> frames (B, 8 windows, H, W, 3).
@@ -428,7 +428,7 @@ def dream(model, tokenizer, clips, num=4, seed=0, actions="shuffled", windows=1,
         # 3. Two dreams. The noise of a clip is its own, whichever clips are dreamt beside it.
         pasts += [past, past]
         courses += [recorded, changed]
-        noise += same_noise(seed + i, 2)
+        noise += noise_of([seed + i] * 2)
     pasts, courses = torch.cat(pasts), torch.stack(courses)
     films = continue_video(model, tokenizer, pasts, courses, windows, noise, **settings)
     rows = {"context": torch.stack(context), "truth": torch.stack(truth),
@@ -444,7 +444,7 @@ def trace(model, tokenizer, clips, num=4, seed=0, **settings):
         past = to_latents(clips[i]["video"], tokenizer).narrow(-3, 0, model.layout.T_p)
         actions = clips[i]["actions"].to(past.device)
         steps, strip = [], []
-        model.sample(past, actions[None], generator=same_noise(seed + i, 1), trace=steps, **settings)
+        model.sample(past, actions[None], generator=noise_of([seed + i]), trace=steps, **settings)
         for step in steps:
             if tokenizer.kind == "discrete":
                 latents, hidden = step
@@ -540,7 +540,7 @@ def plan_by_model(model, tokenizer, frames, states, goal, horizon=1, seed=0, **s
         n = len(future)
         actions = torch.cat([known.expand(n, -1, -1), future], dim=1)
         return continue_video(model, tokenizer, past.expand(n, *past.shape[1:]), actions, horizon,
-                              same_noise(seed, n), **settings).numpy()
+                              noise_of([seed] * n), **settings).numpy()
 
     goal = through(tokenizer, goal[None, None])[0, 0]
     commands = plan(lambda tries: imagine(tries)[:, -1], goal, horizon, seed)

@@ -426,7 +426,7 @@ def test_rows_equal_numpy(name, toy):
 def test_scores_do_not_depend_on_the_batch(name, toy, monkeypatch):
     """Batches of 8 and of 1 give the same scores, up to rounding: the noise of a clip is its own."""
     model, tokenizer, _ = parts(name, toy)
-    clips, scores = open_clips(f"{toy}/raw", "train"), []  # 204 frames: three clips of five windows, spread
+    clips, scores = open_clips(f"{toy}/raw", "train"), []
     sizes, dreamer = [], model.sample
     model.sample = lambda past, *args, **settings: sizes.append(len(past)) or dreamer(past, *args, **settings)
     for at_once in (8, 1):

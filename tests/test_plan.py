@@ -179,7 +179,7 @@ def test_candidates_of_an_episode_share_their_noise(name, toy):
         return model.sample(past, actions, generator=noise, **{**SETTINGS[name], **warm}).float()
 
     warm = dict(temperature=1.0) if name == "masked" else {}
-    same, other = dreams(sample.same_noise(0, 5)), dreams(torch.Generator().manual_seed(0))
+    same, other = dreams(sample.noise_of([0] * 5)), dreams(torch.Generator().manual_seed(0))
     torch.testing.assert_close(same, same[:1].expand_as(same))
     assert (other - other[:1]).abs().max() > 0.1
 

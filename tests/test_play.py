@@ -169,7 +169,7 @@ def test_a_dream_is_what_continue_video_makes_of_the_last_nine_frames(game):
     shown = [picture(game.step(**RIGHT)["dream"][0]) for _ in range(8)]
     course = torch.from_numpy(np.concatenate([states, game.states[1:]]))
     past = sample.to_latents(torch.from_numpy(frames), tokenizer)
-    plain = sample.continue_video(model, tokenizer, past, course[None], noise=sample.same_noise(0, 1), **settings)
+    plain = sample.continue_video(model, tokenizer, past, course[None], noise=sample.noise_of([0]), **settings)
     assert np.array_equal(plain[0], shown)
 
 
