@@ -37,8 +37,8 @@ from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare
 from sample import (MODELS, describe, dream, in_bfloat16, last_checkpoint, load_tokenizer_for, picture_rows,
                     restore, save_best, save_checkpoint, save_curve, save_gif, settings_of, spread, whole)
 from tokenizer import (Writer, barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
-                       join_processes, peak_gb, rank_and_world, remembered_signals, sum_over_processes,
-                       write_whole)
+                       join_processes, peak_gb, rank_and_world, remembered_signals, reuse_memory,
+                       sum_over_processes, write_whole)
 
 # ---- the knobs of a run --------------------------------------------------------------------------
 
@@ -152,6 +152,7 @@ def train(config):
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
+    reuse_memory()
     join_processes("nccl" if kind == "cuda" and (world > 1 or config.shard) else "gloo")
     say = print if rank == 0 else (lambda *_: None)
 

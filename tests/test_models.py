@@ -728,6 +728,20 @@ def test_temporal_attention_equals_copying_the_actions_to_every_place():
     close(blocks.action_attention(q_a, k, v, k_a, v_a, S), action)
 
 
+@pytest.mark.parametrize("n, d", [(209, 293), (600, 64)])
+def test_attention_in_bfloat16_on_a_cpu(n, d):
+    """In pieces, and to what bfloat16 can say: values and gradients against float64."""
+    q, k, v, w = torch.randn(4, 1, 2, n, d, generator=generator())
+    outs = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
+        y = blocks.attention(*leaves)
+        assert y.dtype == dtype and y.shape == q.shape
+        outs.append([y, *torch.autograd.grad((y * w.to(dtype)).sum(), leaves)])
+    for a, b in zip(*outs):
+        assert (a.double() - b).norm() < 0.03 * b.norm()
+
+
 def test_action_attention_with_scores_that_exp_cannot_take():
     """Scores of several hundred: the logsumexp of the actions overflows nothing."""
     T, S, N_a, d, g = 2, 3, 4, 8, generator()

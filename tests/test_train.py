@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import pickle
+import platform
 import re
 import shutil
 import signal
@@ -491,6 +492,19 @@ def test_a_machine_without_fork_and_locks(toy, tmp_path, monkeypatch):
         assert losses(run(toy, tmp_path / name, "flow", steps=2, workers=1, val_every=-1)) == losses(straight)
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "b.1"] and "peak_gb" not in log(tmp_path / "b")[0]
     assert max(sizes) < 0.1 * os.path.getsize(tmp_path / "a" / "ckpt.pt")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_memory_that_was_freed_is_used_again(toy, tmp_path):
+    """Large tensors are not given new pages, each of which is a fault when it is touched: 2,000 for one of 8 MB."""
+    import resource
+    run(toy, tmp_path, steps=1)
+    faults = []
+    for _ in range(3):
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        for n in range(10):
+            torch.ones(2_000_000 + 100_000 * n)
+    assert faults[2] - faults[1] < 1000
 
 
 def test_compiling_without_a_compiler_is_one_sentence(toy, tmp_path, monkeypatch):
