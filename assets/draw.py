@@ -22,7 +22,7 @@ from blocks import SHARING, Layout
 from examples.robot import robot_episode
 from flow_hwm import integrate, interpolate
 from masked_hwm import gamma
-from sample import load_model, load_tokenizer_for
+from sample import load_model, load_tokenizer_for, settings_of
 from tokenizer import to_uint8, to_video
 
 ZOOM, COLOURS = 2, 80  # pixels of the file to one of the card; colours of the file
@@ -87,13 +87,15 @@ def clip():
     video, states = robot_episode(seed=5, n_frames=60, size=64)
     return video[20:37], states[20:37]
 
-def dreamt(file, **settings):
-    """-> (the clip's frames through the tokenizer, steps of the sampler from the clip's past, tokenizer)."""
+def dreamt(file, **changed):
+    """A model of weights/ dreams with the settings of its preset, but for those that are `changed` -> the
+    clip's latents, its past, the sampler's trace, the tokenizer."""
     video, states = clip()
     model, saved = load_model(f"weights/{file}")
     tokenizer = load_tokenizer_for(saved["tokenizer"])
     latents = tokenizer.encode(to_video(torch.from_numpy(video)[None]))
     past, actions, steps = latents.narrow(-3, 0, 2), torch.from_numpy(states).float()[None], []
+    settings = {**settings_of(saved), **changed}
     model.sample(past, actions, generator=torch.Generator().manual_seed(0), trace=steps, **settings)
     return latents, past, steps, tokenizer
 
@@ -115,7 +117,7 @@ def colours_of(ids):
 
 def pipeline():
     card, (video, states) = Card(880, 424), clip()
-    _, past, steps, tokenizer = dreamt("masked_base_tiny.pt", K=2, temperature=0.0)
+    _, past, steps, tokenizer = dreamt("masked_base_tiny.pt")
     ids, _ = steps[-1]
     dream = frames_of(tokenizer, torch.cat([past, ids[:, 2:]], dim=1))
     left, step, side = 68, 47, 44
@@ -192,7 +194,7 @@ def clock():
 
 def masking():
     card = Card(880, 318)
-    latents, past, steps, tokenizer = dreamt("masked_base_tiny.pt", K=4, temperature=0.0)
+    latents, past, steps, tokenizer = dreamt("masked_base_tiny.pt", K=4)
     truth, rng = frames_of(tokenizer, latents), np.random.default_rng(1)
     left, step, side = 84, 116, 100
     card.text(40, 86, "training", 13)
@@ -260,7 +262,7 @@ def flow():
               "happen. Below: the shipped Flow-HWM in", 11, anchor="lm")
     card.text(34, 242, "5 steps, the last of the eight future frames. (The decoder also sees the past: so even "
               "from noise it makes something of a room.)", 11, anchor="lm")
-    latents, past, steps, tokenizer = dreamt("flow_full_tiny.pt", steps=5, cfg=2.0)
+    latents, past, steps, tokenizer = dreamt("flow_full_tiny.pt", steps=5)
     films = [*(torch.cat([past, X], dim=2) for X in steps), latents]
     labels = [*(f"t = {t / 5:.1f}" for t in range(6)), "what really happened"]
     for i, (label, film) in enumerate(zip(labels, films)):
