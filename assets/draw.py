@@ -19,13 +19,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
 from blocks import SHARING, Layout
-from examples.robot import robot_episode
+from examples.robot import TURN, robot_episode
 from flow_hwm import integrate, interpolate
 from masked_hwm import gamma
-from sample import load_model, load_tokenizer_for
+from sample import load_model, load_tokenizer_for, settings_of
 from tokenizer import to_uint8, to_video
 
-ZOOM, COLOURS = 2, 80  # pixels of the file to one of the card; colours of the file
+ZOOM, COLOURS = 2, 64  # pixels of the file to one of the card; colours of the file
 PAPER, INK, FAINT, GREY = "#fbfaf6", "#24292f", "#c9c6bd", "#8c8c8c"
 SAND, LILAC, WHITE = "#ece7da", "#e4dcf1", "#ffffff"
 STREAMS = {"v_p": "#4c78a8", "v_f": "#e8850c", "a_p": "#54a24b", "a_f": "#d65a58"}
@@ -83,17 +83,21 @@ class Card:
 # ---- what is shown: one clip, and what the shipped models dream after its past ---------------------
 
 def clip():
-    """17 frames (17, 64, 64, 3) and states (17, 25) of the built-in robot while it turns."""
-    video, states = robot_episode(seed=5, n_frames=60, size=64)
-    return video[20:37], states[20:37]
+    """17 frames (17, 64, 64, 3) and states (17, 25) of the built-in robot, where it turns most in the future."""
+    video, states = robot_episode(seed=5, n_frames=80, size=64)
+    turned = [abs(states[k + 9 : k + 17, TURN].sum()) for k in range(64)]
+    k = int(np.argmax(turned))
+    return video[k : k + 17], states[k : k + 17]
 
-def dreamt(file, **settings):
-    """-> (the clip's frames through the tokenizer, steps of the sampler from the clip's past, tokenizer)."""
+def dreamt(file, **changed):
+    """A model of weights/ dreams with the settings of its preset, but for those that are `changed` -> the
+    clip's latents, its past, the sampler's trace, the tokenizer."""
     video, states = clip()
-    model, saved = load_model(f"weights/{file}")
+    model, saved = load_model(f"{HERE}/../weights/{file}")
     tokenizer = load_tokenizer_for(saved["tokenizer"])
     latents = tokenizer.encode(to_video(torch.from_numpy(video)[None]))
     past, actions, steps = latents.narrow(-3, 0, 2), torch.from_numpy(states).float()[None], []
+    settings = {**settings_of(saved), **changed}
     model.sample(past, actions, generator=torch.Generator().manual_seed(0), trace=steps, **settings)
     return latents, past, steps, tokenizer
 
@@ -115,7 +119,7 @@ def colours_of(ids):
 
 def pipeline():
     card, (video, states) = Card(880, 424), clip()
-    _, past, steps, tokenizer = dreamt("masked_base_tiny.pt", K=2, temperature=0.0)
+    _, past, steps, tokenizer = dreamt("masked_base_tiny.pt")
     ids, _ = steps[-1]
     dream = frames_of(tokenizer, torch.cat([past, ids[:, 2:]], dim=1))
     left, step, side = 68, 47, 44
@@ -131,7 +135,8 @@ def pipeline():
         card.text(x + 22, 13, str(k), 10)
         card.picture(x, 22, video[k], side, BLUE if is_past else ORANGE)
         for j, value in enumerate(moving[k]):
-            bar, top, bottom = x + 3 + j * 38 / len(moving[k]), 90 - max(7 * value, 0), 90.5 - min(7 * value, 0)
+            bar = x + 3 + j * 38 / len(moving[k])
+            top, bottom = 90 - max(7 * value, 0), 90.5 - min(7 * value, 0)
             card.box(bar, top, bar + 2, bottom, GREEN if is_past else RED, radius=0)
 
     # 2. Latents, each below the frames that it stands for. The future one is what is asked for.
@@ -192,7 +197,7 @@ def clock():
 
 def masking():
     card = Card(880, 318)
-    latents, past, steps, tokenizer = dreamt("masked_base_tiny.pt", K=4, temperature=0.0)
+    latents, past, steps, tokenizer = dreamt("masked_base_tiny.pt", K=4)
     truth, rng = frames_of(tokenizer, latents), np.random.default_rng(1)
     left, step, side = 84, 116, 100
     card.text(40, 86, "training", 13)
@@ -219,8 +224,8 @@ def masking():
     card.picture(left + step * 5, 184, truth[-1], side)
     card.text(left + step * 5 + 50, 172, "what really happened", 11)
     card.text(left + step * 6 + 42, 234, "draw all, keep\nsome, hide\nthe others\nagain", 12)
-    card.text(left, 302, "The last of the eight future frames, cut into the 8 x 8 squares of its tokens; K = 4 "
-              "steps instead of 2, to see more of them.", 11, anchor="lm")
+    card.text(left, 302, "The last of the eight future frames, cut into the 8 x 8 squares of its tokens; "
+              "K = 4 steps instead of 2, to see more of them.", 11, anchor="lm")
     card.save("masking")
 
 def velocity_of_two(X, t, places=(-1.0, 1.0), spread=0.12):
@@ -258,9 +263,9 @@ def flow():
         card.box(left + 236, y - 6, left + 248, y + 6, None, ink)
     card.text(34, 226, "Above: a future that is one number, where only 1 (turned left) and -1 (turned right) "
               "happen. Below: the shipped Flow-HWM in", 11, anchor="lm")
-    card.text(34, 242, "5 steps, the last of the eight future frames. (The decoder also sees the past: so even "
-              "from noise it makes something of a room.)", 11, anchor="lm")
-    latents, past, steps, tokenizer = dreamt("flow_full_tiny.pt", steps=5, cfg=2.0)
+    card.text(34, 242, "5 steps, the last of the eight future frames. (The decoder also sees the past: so "
+              "even from noise it makes something of a room.)", 11, anchor="lm")
+    latents, past, steps, tokenizer = dreamt("flow_full_tiny.pt", steps=5)
     films = [*(torch.cat([past, X], dim=2) for X in steps), latents]
     labels = [*(f"t = {t / 5:.1f}" for t in range(6)), "what really happened"]
     for i, (label, film) in enumerate(zip(labels, films)):
@@ -305,8 +310,8 @@ def blocks():
         (22, each("+ input", WHITE)),
         (52, each("norm, scaled\nand shifted;\nMLP; gate")),
         (22, each("+ input", WHITE))])
-    card.text(36, 434, "Sand: weights that the variant divides (in Masked-HWM these are the MLPs alone). Lilac: "
-              "attention. Scale, shift and gate are made of the time t.", 11, anchor="lm")
+    card.text(36, 434, "Sand: weights that the variant divides (in Masked-HWM these are the MLPs alone). "
+              "Lilac: attention. Scale, shift and gate are made of the time t.", 11, anchor="lm")
     card.save("blocks")
 
 def variants():

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import tempfile
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -89,9 +90,9 @@ def frechet(m1, S1, m2, S2):
 def scale(p_drop, asked=None, preset=2.0):
     """The settings that sample.py chooses, and one call of the sampler with them, which refuses what it cannot do."""
     config = flow_hwm.FlowConfig(n_layer=1, n_head=1, width=12, hidden=12, time_width=8, channels=1, patch=1, H=1, W=1, p_drop=p_drop)
-    saved = {"config": {"model": "flow", "preset": "tiny"}, "model_config": {"p_drop": p_drop}}
-    assert flow_hwm.SAMPLING["tiny"]["cfg"] == preset
-    settings = sample.settings_of(saved, SimpleNamespace(cfg=asked, steps=1))
+    saved = {"config": {"model": "flow", "preset": "exercise"}, "model_config": {"p_drop": p_drop}}
+    with mock.patch.dict(flow_hwm.SAMPLING, exercise={"steps": 1, "cfg": preset}):
+        settings = sample.settings_of(saved, SimpleNamespace(cfg=asked))
     flow_hwm.FlowHWM(config).sample(torch.zeros(1, 1, 2, 1, 1), torch.zeros(1, 17, 25), **settings)
     return settings["cfg"]
 

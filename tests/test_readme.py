@@ -156,7 +156,7 @@ def test_command(clone, command, monkeypatch, capfd):
         assert done.returncode == 1 and "1 failed" in done.stdout, "an exercise fails until it is solved"
     elif words[0] == "torchrun":
         argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", *small(words[1:])]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=200, env=dict(os.environ, OMP_NUM_THREADS="1"))
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=400, env=dict(os.environ, OMP_NUM_THREADS="1"))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     else:
         monkeypatch.setattr(sys, "argv", words[1:] if command in PARSED else small(words[1:]))
