@@ -71,7 +71,7 @@ TRAINING = {  # paper: Sec. 3.2; micro: the clips that a GPU takes at once
 }
 SAMPLING = {  # paper: Sec. 3.2; tiny: the best of those measured (README)
     "paper": dict(steps=50, cfg=3.0),
-    "tiny": dict(steps=5, cfg=2.0),
+    "tiny": dict(steps=5, cfg=1.5, temperature=0.0),
 }
 
 # ---- flow matching: the path, its velocity, and how to follow it ---------------------------------
