@@ -308,7 +308,7 @@ class Validation:
             items.append((clip["video"], clip["actions"], shuffled, draws))
         known = model.known_losses(torch.stack([item[0] for item in items]))
         say(f"validation loss of {len(chosen)} clips every {config.val_every} steps; {known}")
-        # 3. Each process takes its share. With --shard all must take part, so an idle one computes for nothing.
+        # 3. Each process takes its share. With --shard all must take part, so an idle one computes in vain.
         rank, world = rank_and_world()
         loader = DataLoader(items, config.batch // (world * config.accum), generator=torch.Generator())
         batches = [to_device(batch, device) for batch in loader]
@@ -545,8 +545,8 @@ class Log:
 def refuse(config, step, loss, norm, stream):
     """Ends a run whose loss is not finite. No checkpoint is written, so that the last good one stays."""
     first = stream.clips.where(stream.clip_index(step * config.batch))
-    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}, in a batch that begins with {first}"
-                    f": look at its clips, or lower --lr; {config.out}/ckpt.pt is good")
+    raise DataError(f"loss {loss} and gradient norm {norm} at step {step}, in a batch that begins with "
+                    f"{first}: look at its clips, or lower --lr; {config.out}/ckpt.pt is good")
 
 def show(config, about, sizes, ema, folder, step, device):
     """OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four validation clips."""
