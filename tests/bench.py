@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, default_collate
 
 import tokenizer as tok
 from blocks import VARIANTS, compile_blocks, count_flops
+from data import JOINTS
 from sample import MODELS, load_model, load_tokenizer_for, settings_of
 from train import Stream, TrainConfig, positions, to_device
 
@@ -158,7 +159,7 @@ def play_part(args, autocast):
     from examples.play import Game
     model, saved = load_model(f"{MAIN}/weights/{args.model}_{args.variant}_tiny.pt", DEVICE)
     settings = settings_of(saved, None) | ({"steps": 3} if args.model == "flow" else {})  # as sample.py --play has it
-    clips = SimpleNamespace(path="", names=saved["data"]["names"], meta={"robot": "built-in"}, frame_stride=1)
+    clips = SimpleNamespace(path="", names=list(JOINTS), meta={"robot": "built-in"}, frame_stride=1)
     game = Game([(model, load_tokenizer_for(saved["tokenizer"], DEVICE), settings, clips)])
     game.reset()
 
