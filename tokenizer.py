@@ -529,8 +529,8 @@ def device_of(asked=""):
     return "cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 def reuse_memory():
-    """Tells glibc to keep the memory that is freed. Otherwise a large tensor gets new pages from the system, and
-    each page is a fault when it is first touched: that takes a seventh of a step of Flow-HWM on a CPU."""
+    """Tells glibc to keep the memory that is freed. Otherwise every large tensor gets new pages, and each
+    page is a fault when it is first touched: that takes a seventh of a step of Flow-HWM on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import inspect
 import json
 import math
 import os
@@ -27,12 +26,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from blocks import VARIANTS, compile_blocks, count_flops, faster_dtype, knob
+from blocks import VARIANTS, compile_blocks, count_flops, distribute, faster_dtype, knob
 from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare_data, split_folders
 from sample import (MODELS, describe, dream, in_bfloat16, last_checkpoint, load_tokenizer_for, picture_rows,
                     restore, save_best, save_checkpoint, save_curve, save_gif, settings_of, spread, whole)
@@ -58,7 +56,6 @@ class TrainConfig:
     batch: int = knob(0, "clips a step, over all processes and micro-batches; default: the preset's", low=1)
     accum: int = knob(0, "micro-batches that a process divides its share into; default: what fits", low=0)
     seed: int = knob(0, "of the first weights, the order of clips and all noise", low=0, below=2**23)
-    # the optimiser
     lr: float = knob(0.0, "peak learning rate; default: the preset's", low=1e-9)
     warmup: int = knob(-1, "steps of linear warm-up; default: the preset's", low=0)
     decay: str = knob("", "how the rate falls to 0; default: the preset's", choices=("linear", "cosine"))
@@ -66,8 +63,7 @@ class TrainConfig:
     grad_clip: float = knob(1.0, "largest norm of the gradient", low=1e-12)
     ema: float = knob(0.999, "decay of the averaged weights, which are sampled from; 0: none", low=0, below=1)
     # speed and memory
-    device: str = knob("", "mps: Apple's GPU, on which nobody has tried it; default: a CUDA GPU, or the CPU",
-                       choices=("mps",))
+    device: str = knob("", "mps: Apple's GPU, yet untried; default: a CUDA GPU or CPU", choices=("mps",))
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile the blocks")
     checkpoint_activations: str = knob(
@@ -123,9 +119,7 @@ def positions(config, step, rank, world):
 def micro_batches(stream, config, step, device):
     """Micro-batches of this process, on its device and without end: video, actions, draws."""
     on_gpu = device.type == "cuda"
-    workers = config.workers
-    if workers < 0:
-        workers = 4 if on_gpu else 0  # a CPU's cores are busy with the model already
+    workers = 4 * on_gpu if config.workers < 0 else config.workers  # a CPU's cores are busy with the model
     loader = DataLoader(stream, batch_sampler=positions(config, step, *rank_and_world()), num_workers=workers,
                         pin_memory=on_gpu, worker_init_fn=ignore_signals)
     yield from (to_device(batch, device) for batch in loader)
@@ -139,10 +133,10 @@ def learning_rate(config, step):
     """Rate of the update from `step` to step + 1. Update number `steps`, which never comes, would have 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    if config.decay == "linear":
-        return config.lr * (1 - done)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    left = (config.steps - step) / max(1, config.steps - config.warmup)  # from 1 to 0
+    if config.decay == "cosine":
+        left = math.sin(math.pi / 2 * left) ** 2
+    return config.lr * left
 
 def train(config):
     """A run, from its knobs to its last checkpoint. Unusable input raises DataError, in one sentence."""
@@ -180,8 +174,10 @@ def train(config):
         statistics += torch.tensor([clips.meta["latent_mean"], clips.meta["latent_std"]])
     model.set_statistics(*statistics)
     block = copy.deepcopy(model.blocks[0]).to(device)  # to be timed; below, the model may be in pieces
-    runner = distribute(model, config, device)  # the same model, in what averages gradients over processes
-    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.compile:
+        compile_blocks(model)
+    runner = distribute(model, config.shard, device)  # the same, in what averages gradients over processes
+    trained = list(model.parameters())
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     ema = {name: x.detach().clone() for name, x in model.state_dict().items()}
     step = restore(saved, model, optimizer, ema, config, about) if saved else 0
@@ -210,9 +206,8 @@ def train(config):
     validation = Validation(config, model, folder, clips, device, say)
     log = Log(config, step, flops, kind)
     last = min(config.steps, config.stop_after or config.steps)
-    asked = 0  # by how many signals, on all processes together, the run was asked to stop
-
     save_at = time.perf_counter() + 60 * config.save_minutes
+    asked = 0  # by how many signals, on all processes together, the run was asked to stop
 
     with lock, remembered_signals() as signals, Writer() as writer:
         while step < last and not asked:
@@ -236,11 +231,10 @@ def train(config):
             sum_over_processes(total)
             loss, count, asked, votes = total.tolist()
             count = max(count, 1)  # in a small batch no token at all may be hidden
-            loss = loss / count
+            loss /= count
 
             # The gradient of the mean loss. backward() left that of the sum, averaged over processes.
-            gradients = [p.grad for p in trained if p.grad is not None]
-            torch._foreach_mul_(gradients, world / count)
+            torch._foreach_mul_([p.grad for p in trained if p.grad is not None], world / count)
             norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
             norm = norm.full_tensor().item() if config.shard else norm.item()
             if not math.isfinite(loss + norm):
@@ -286,24 +280,6 @@ def is_due(every, step, last):
     """every > 0: whenever so many steps are done, and after the last; 0: only after the last; -1: never."""
     return every > 0 and step % every == 0 or every >= 0 and last
 
-def distribute(model, config, device):
-    """The model as it is trained: whole on every process (DDP), or with --shard in pieces (FSDP2)."""
-    if config.compile:
-        compile_blocks(model)
-    if config.shard:
-        from torch.distributed.fsdp import fully_shard
-        for block in model.blocks:  # block by block: the whole need not fit on one device
-            fully_shard(block)
-        return fully_shard(model)
-    model.to(device)
-    if dist.get_world_size() == 1:
-        return model
-    devices = [device] if device.type == "cuda" else None
-    # Buffers, which are equal everywhere, are not sent anew with every step. Torch 2.13 renamed the argument.
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{sync: False})
-
 # ---- validation ----------------------------------------------------------------------------------
 
 class Validation:
@@ -317,8 +293,7 @@ class Validation:
             say(f"no validation loss: {folder} has no val split")
         if config.val_every < 0:
             return
-        # 1. The clips. A step takes three passes through its batch; by default, two through these clips now
-        # and then take less than 3 % of that.
+        # 1. The clips. By default two passes through them take less than 3 % of the steps' three passes.
         clips = open_clips(folder, "val")
         if clips.shape != trained_on.shape or clips.action_dim != trained_on.action_dim:
             raise DataError(f"{clips.path} is not like {trained_on.path}: encode both with one tokenizer")
@@ -333,8 +308,7 @@ class Validation:
             items.append((clip["video"], clip["actions"], shuffled, draws))
         known = model.known_losses(torch.stack([item[0] for item in items]))
         say(f"validation loss of {len(chosen)} clips every {config.val_every} steps; {known}")
-        # 3. Each process takes its share, in batches as large as training's. Where one has less to do, it
-        # computes a batch that does not count, because with --shard all must take part.
+        # 3. Each process takes its share. With --shard all must take part, so an idle one computes in vain.
         rank, world = rank_and_world()
         loader = DataLoader(items, config.batch // (world * config.accum), generator=torch.Generator())
         batches = [to_device(batch, device) for batch in loader]
@@ -416,13 +390,12 @@ def check_flags(config):
     for name in config.options.keys() - known:
         raise DataError(f"--{name} is no option of {config.model}, which has --{', --'.join(known)}")
     for f in fields(TrainConfig):
-        value, low = getattr(config, f.name), f.metadata.get("low", -math.inf)
-        below = f.metadata.get("below", math.inf)
+        value = getattr(config, f.name)
+        low, below = f.metadata.get("low", -math.inf), f.metadata.get("below", math.inf)
         if isinstance(value, (int, float)) and not low <= value < below:
             raise DataError(f"--{f.name} {value} makes no sense: give {low} or more, but less than {below}")
     if config.compile and config.checkpoint_activations == "products":
-        raise DataError("--compile cannot be combined with --checkpoint_activations products: leave one of "
-                        "them out, or give --checkpoint_activations inputs")
+        raise DataError("--compile works with --checkpoint_activations inputs, but not products: give that")
     sizes_of(config)
 
 def sizes_of(config, **decided):
@@ -553,29 +526,27 @@ class Log:
             self.bar.write(
                 f"The model is memorising: training loss falls, but validation loss is {late[-1]:.4g} after "
                 f"{best['val_loss']:.4g} at step {best['step']}. Try more clips (data.py encode --stride 4,"
-                " or new recordings); fewer --steps (ckpt_best.pt is the best so far); a smaller --width or a"
-                " larger --weight_decay.")
+                " or new recordings), fewer --steps, a smaller --width or a larger --weight_decay.")
 
     def conclude(self, config, step, file, say):
         """The last words of a run: how to go on, or which of its two checkpoints is the better one."""
         if step < config.steps:
             say(f"stopped after step {step}; the same command with --resume goes on from {file}")
             return
-        best, last = self.best(), self.validated()[-1:]
-        if last == [best]:
+        best, last = self.best(), self.lines[-1]
+        if best == last:
             say(f"the last validation loss, {best['val_loss']}, is the lowest")
         elif best:
             file = f"{config.out}/ckpt_best.pt"
             say(f"{file}, of step {best['step']}, is better than ckpt.pt: its validation loss is "
-                f"{best['val_loss']}, not {last[0]['val_loss']}")
+                f"{best['val_loss']}, not {last['val_loss']}")
         say(f"done: python sample.py --ckpt {file}  and  python evaluate.py --ckpt {file}")
 
 def refuse(config, step, loss, norm, stream):
     """Ends a run whose loss is not finite. No checkpoint is written, so that the last good one stays."""
-    first = step * config.batch
-    names = [stream.clips.where(stream.clip_index(p)) for p in range(first, first + min(config.batch, 4))]
+    first = stream.clips.where(stream.clip_index(step * config.batch))
     raise DataError(f"loss {loss} and gradient norm {norm} at step {step}, in a batch that begins with "
-                    f"{', '.join(names)}: look at these clips, or lower --lr; {config.out}/ckpt.pt is good")
+                    f"{first}: look at its clips, or lower --lr; {config.out}/ckpt.pt is good")
 
 def show(config, about, sizes, ema, folder, step, device):
     """OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four validation clips."""
@@ -601,21 +572,21 @@ def show(config, about, sizes, ema, folder, step, device):
 def parse(argv=None):
     """The command line -> TrainConfig. Its knobs are flags, and so are the options of both models."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = {**model_options("masked"), **model_options("flow")}
     knobs = [f for f in fields(TrainConfig) if f.name != "options"]
+    options = {**model_options("masked"), **model_options("flow")}
     for f in [*knobs, *options.values()]:
         note = f" (default {f.default})" if f.default else ""
         if f.name in options:
-            owners = [name for name in MODELS if f.name in model_options(name)]
-            note = f" (of {' and '.join(owners)}; default: the preset's)"
+            owners = " and ".join(name for name in MODELS if f.name in model_options(name))
+            note = f" (of {owners}; default: the preset's)"
         more = {"type": f.type, "choices": f.metadata.get("choices")}
         if f.type is bool:
             more = {"action": argparse.BooleanOptionalAction}
         if "alone" in f.metadata:  # it may be given without a value
             more.update(nargs="?", const=f.metadata["alone"])
+        more["required"] = f.name in ("model", "variant")
         help = f.metadata.get("help", "").replace("%", "%%") + note
-        required = f.name in ("model", "variant")
-        p.add_argument(f"--{f.name}", help=help, required=required, default=argparse.SUPPRESS, **more)
+        p.add_argument(f"--{f.name}", help=help, default=argparse.SUPPRESS, **more)
     given = vars(p.parse_args(argv))  # without the flags that were not given
     own = {f.name: given.pop(f.name) for f in knobs if f.name in given}
     return TrainConfig(**own, options=given)
