@@ -503,8 +503,8 @@ def faster_dtype(block, x, *rest, training=True):
             y = blocks[name](x.detach().requires_grad_(training), *rest)
         if training:
             y.float().sum().backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
+        if x.device.type != "cpu":
+            torch.accelerator.synchronize()
         seconds[name] = min(seconds[name], time.perf_counter() - start)
     return min(seconds, key=seconds.get)
 

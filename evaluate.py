@@ -277,6 +277,7 @@ def clip_list(clips, chosen):
     segments = clips.segment(clips.starts)
     _, recordings = np.unique(segments, return_inverse=True)  # counted without those that hold no clip
     first = (clips.starts - clips.edges[segments]) * clips.meta.get("stride", FRAMES) // FRAMES
+    first = np.array(clips.meta.get("first", first))  # as encode wrote it where clips do not follow on
     stride = np.full_like(first, clips.meta.get("frame_stride", clips.frame_stride))
     rows = np.stack([recordings, first, stride], axis=1)[chosen]
     return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(), recordings[chosen]

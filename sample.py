@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import os
-import re
 import zipfile
 from dataclasses import asdict
 from glob import escape, glob
@@ -32,8 +31,8 @@ import masked_hwm
 from blocks import cast_products, compile_blocks, faster_dtype, flow_rope, masked_rope
 from data import FUTURE, HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, synth
 from examples import robot
-from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world, to_uint8,
-                       to_video, write_whole)
+from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world, reuse_memory,
+                       to_uint8, to_video, write_whole)
 
 MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 
@@ -111,10 +110,6 @@ def read_checkpoint(file):
     for part, kind in PARTS.items():
         if not isinstance(content.get(part), kind):
             raise DataError(f"{file} has no {part}, so it is no world model: give a ckpt.pt by train.py")
-    # goes with the old weights: in those, standardise_actions.mean is called action_mean, and so on.
-    old, new = "^(action|latent)_(mean|std)$", r"standardise_\1s.\2"
-    for part in {"model", "ema"} & content.keys():
-        content[part] = {re.sub(old, new, name): tensor for name, tensor in content[part].items()}
     return content
 
 ANEW = "train it anew, or check out the commit that made it"
@@ -185,6 +180,7 @@ def load_model(file, device="cpu", weights="ema"):
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as e:
         raise DataError(f"{file} was made by another version of this code ({e!r:.99}): {ANEW}") from None
+    reuse_memory()
     return model.to(device).eval().requires_grad_(False), saved
 
 def in_bfloat16(model):

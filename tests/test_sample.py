@@ -167,22 +167,6 @@ def test_a_failed_save_leaves_both_checkpoints(toy, tmp_path, monkeypatch):
 
 
 @both
-def test_weights_with_the_older_names_are_loaded(trained, tmp_path, model):
-    """Statistics were called action_mean, action_std, latent_mean and latent_std before blocks.Standardise held them."""
-    file = f"{trained[model]}/ckpt.pt"
-    older = {"standardise_actions.": "action_", "standardise_latents.": "latent_"}
-    saved = read(file)
-    for part in ("model", "ema"):
-        for new, old in older.items():
-            saved[part] = {k.replace(new, old): v for k, v in saved[part].items()}
-    assert "action_mean" in saved["ema"] and not any("standardise" in k for k in saved["ema"])
-    torch.save(saved, tmp_path / "older.pt")
-    for weights in ("ema", "last"):
-        a, b = (sample.load_model(f, weights=weights)[0].state_dict() for f in (file, tmp_path / "older.pt"))
-        assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-@both
 def test_weights_of_another_version_are_refused(toy, trained, tmp_path, model):
     """Sampling and resuming say in one sentence whose file it is, what differs, and both ways out."""
     saved = read(f"{trained[model]}/ckpt.pt")
