@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import asdict
 from glob import escape, glob
