@@ -999,7 +999,8 @@ def test_sample_as_many_latents_as_there_are_actions_for(family, variant, T_f):
 def test_guidance_goes_from_unconditional_to_conditional(drop):
     model, (video, actions) = toy_model("flow", drop=drop, at_place=True), toy_clips("flow")
     past = video[:, :, :2]
-    X_0 = torch.randn(2, 3, 1, 4, 6, generator=generator())
+    g = generator()
+    X_0 = torch.stack([torch.randn(3, 1, 4, 6, generator=g) for _ in range(2)])  # each clip draws its own
     no, t = torch.zeros(2, dtype=torch.bool), torch.zeros(1)
     u = model.velocity(X_0, t, past, actions)
     u_0 = model.velocity(X_0, t, past, actions, no)
