@@ -691,7 +691,7 @@ def test_bad_input_is_one_sentence(ckpt, tmp_path):
 def test_a_model_with_the_other_tokenizer(toy):
     model, _, clips = parts("masked", toy)
     with pytest.raises(DataError, match="the tokenizer is continuous"):
-        evaluate.check_fit(model, load_tokenizer(f"{toy}/cv.pt"), clips)
+        sample.check_fit(model, load_tokenizer(f"{toy}/cv.pt"), clips)
     with pytest.raises(DataError, match="4 x 4.* trained on 8 x 8"):
         model.config.H = model.config.W = 8
-        evaluate.check_fit(model, load_tokenizer(f"{toy}/dv.pt"), clips)
+        sample.check_fit(model, load_tokenizer(f"{toy}/dv.pt"), clips)
