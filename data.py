@@ -91,10 +91,11 @@ def say_once(sentence):
     if rank_and_world()[0] == 0:
         print(sentence, file=sys.stderr)
 
-# What metadata files hold; other keys, and the items of lists, are checked where they are used.
+# What metadata files hold, and what their lists do; other keys are checked where they are used.
 METADATA = {"num_shards": int, "num_images": int, "shard_num_frames": int, "action_dim": int,
             "hz": (int, float), "names": list, "keep": list, "clip_shape": list, "tokenizer": dict,
             "fps": (int, float), "chunks_size": int, "features": dict, "data_path": str}
+ITEMS = {"names": str, "keep": int, "clip_shape": int}
 
 def read_json(file, *needed):
     """A metadata file as a dict that holds the needed keys, of METADATA's types; its numbers are positive."""
@@ -104,7 +105,9 @@ def read_json(file, *needed):
     for key, value in known.items():
         is_sound = isinstance(value, METADATA[key])
         if is_sound and isinstance(value, (int, float)):
-            is_sound = 0 < value < math.inf
+            is_sound = 0 < value < math.inf and value is not True
+        if is_sound and key in ITEMS:
+            is_sound = all(isinstance(item, ITEMS[key]) for item in value)
         check(is_sound, f"{file} says {key} = {value!r:.100}, not of its type or not positive: correct it")
     return meta
 
@@ -167,6 +170,9 @@ class Mp4:
         with reading(file), self._open() as container:
             stream = container.streams.video[0]
             self.shape, self.tick = (frames, stream.height, stream.width, 3), float(stream.time_base)
+            aspect = stream.sample_aspect_ratio or 1
+        check(0.98 < aspect < 1.02,
+              f"{file} has pixels {float(aspect):.3g} times as wide as high: scale it to square ones")
 
     def _open(self):
         import av
@@ -194,8 +200,7 @@ class Mp4:
                 frames = self._decode(key)
             for frame in frames:
                 if frame.pts in want:
-                    pixels = frame.to_ndarray(format="rgb24")
-                    found.append(np.rot90(pixels, frame.rotation // 90))
+                    found.append(upright(frame))
                 if frame.pts >= want[-1]:
                     break
             if len(found) < want.size:
@@ -229,6 +234,15 @@ class Mp4:
                         yield from waiting
                         waiting = []
             yield from waiting
+
+def upright(frame):
+    """A frame's pixels, RGB (H, W, 3), turned as its file's header says."""
+    header = frame.side_data.get("DISPLAYMATRIX")
+    if header:
+        a, b, _, c, d = np.frombuffer(header, "<i4")[:5] / 65536
+        if frame.rotation % 90 or a * d < b * c:
+            raise ValueError("its header says to mirror or to tilt it")
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 # ---- one split folder: the reader of the 1X layout -----------------------------------------------
 
@@ -782,9 +796,10 @@ def info(path, **source):
             elif hasattr(video, "index"):
                 video.index()
             if isinstance(video, Mp4):
-                n, seconds = video.times.size, np.ptp(video.times) * video.tick
-                check(abs(seconds * clips.hz + 1 - n) <= 0.02 * n, f"{file} plays {n} frames in "
-                      f"{seconds:.4g} s, not at hz = {clips.hz:g}: correct metadata.json, or write it again")
+                n, seconds = video.times.size, (video.times - video.times[0]) * video.tick
+                late = seconds * clips.hz - np.arange(n)  # in frames; a camera may be slow now and fast then
+                check(np.ptp(late) < 0.02 * n + 0.5, f"{file} plays {n} frames in {seconds[-1]:.4g} s, not "
+                      f"all at hz = {clips.hz:g}: correct metadata.json, or write it again")
         # 2. What it holds. Windows of 17 frames do not overlap here.
         about[split] = {"clips": len(clips), "frames": int(clips.edges[-1]), "crossing": clips.crossing,
                         "shards": i + 1, "segment_ids": clips.reader.segment_ids}

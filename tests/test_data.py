@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 import types
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -234,7 +235,15 @@ def test_mp4_of_another_rate(tmp_path, rate):
     mp4_split(tmp_path / "train_v2.0", numbered(40), rate=rate)
     if rate == 30:
         return data.info(tmp_path) and None
-    with pytest.raises(data.DataError, match=r"video_0.mp4 plays 40 frames in .* s, not at hz = 30"):
+    with pytest.raises(data.DataError, match=r"video_0.mp4 plays 40 frames in .* s, not all at hz = 30"):
+        data.info(tmp_path)
+
+
+def test_mp4_whose_rate_changes(tmp_path):
+    """60 frames a second, then 20: 30 on the whole, as metadata.json says, and yet the clips are of two speeds."""
+    times = np.concatenate([np.arange(20) * 1500, 30_000 + np.arange(20) * 4500])
+    mp4_split(tmp_path / "train_v2.0", numbered(40), times=times * 117_000 // times[-1])
+    with pytest.raises(data.DataError, match=r"video_0.mp4 plays 40 frames in 1.3 s, not all at hz = 30"):
         data.info(tmp_path)
 
 
@@ -251,6 +260,24 @@ def test_mp4_is_turned_as_its_header_says(tmp_path, degrees, matrix, corner):
     video = data.open_clips(tmp_path)[0]["video"].int()
     red = [(y, x) for y in (0, -1) for x in (0, -1) if video[0, y, x, 0] > 200 > 100 > video[0, y, x, 1]]
     assert red == [corner]
+
+
+@pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0.7071, 0.7071, -0.7071, 0.7071)])
+def test_mp4_that_a_player_mirrors_or_tilts_is_refused(tmp_path, matrix):
+    file = mp4_split(tmp_path / "train_v2.0", numbered(20))
+    a, b, c, d = (int(65536 * x) for x in matrix)
+    patch_box(file, b"tkhd", 40, ">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    with pytest.raises(data.DataError, match="video_0.mp4 .* mirror or to tilt"):
+        data.open_clips(tmp_path)[0]
+
+
+def test_mp4_whose_pixels_are_not_square_is_refused(tmp_path):
+    av = pytest.importorskip("av")
+    mp4_split(tmp_path / "train_v2.0", numbered(20), **{"x264-params": "sar=2/1"})
+    with av.open(str(tmp_path / "train_v2.0/videos/video_0.mp4")) as container:
+        assert container.streams.video[0].sample_aspect_ratio == 2
+    with pytest.raises(data.DataError, match="video_0.mp4 has pixels 2 times as wide as high"):
+        data.open_clips(tmp_path)
 
 
 @pytest.mark.parametrize("bf", ["0", "3"])
@@ -316,13 +343,19 @@ def test_shard_ind_may_be_missing(tmp_path):
 
 # ---- pixels: RGB stays RGB (TRAPS 20), the range, the resize
 
-def write_mp4(file, frames, rate=30, **options):
+def write_mp4(file, frames, rate=30, times=None, **options):
+    """times: of the frames, in 1/90000 s, where they are not rate a second."""
     av = pytest.importorskip("av")
     with av.open(str(file), "w") as out:
         stream = out.add_stream("libx264", rate=rate, options={"crf": "10", **options})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
-        for f in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24")))
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 90_000)
+        for k, f in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = int(times[k]), Fraction(1, 90_000)
+            out.mux(stream.encode(frame))
         out.mux(stream.encode())
 
 
@@ -832,6 +865,7 @@ BROKEN_TOKENS = {
     "JSON but a list": (replace("metadata.json", b"[1, 2]"), "metadata.json"),
     "other kind": (set_key("metadata.json", "kind", "analog"), "metadata.json"),
     "clip shape": (set_key("metadata.json", "clip_shape", [3, -32, 32]), "metadata.json"),
+    "clip shape of words": (set_key("metadata.json", "clip_shape", ["3", 32, 32]), "metadata.json"),
     "T not 1 + 8n": (set_key("metadata.json", "clip_shape", [2, 32, 48]), "metadata.json"),
     "raw beside tokens": (append("videos/video_0.npy"), "video_0.npy"),
 }
@@ -848,7 +882,12 @@ BROKEN_RAW = {
     "action_dim": (set_key("metadata.json", "action_dim", 7), "states_0.bin"),
     "action_dim negative": (set_key("metadata.json", "action_dim", -25), "metadata.json"),
     "names": (set_key("metadata.json", "names", ["a", "b"]), "metadata.json"),
+    "names that are numbers": (set_key("metadata.json", "names", [*range(25)]), "metadata.json"),
+    "names in a list": (set_key("metadata.json", "names", [["a"]] * 25), "metadata.json"),
     "keep": (set_key("metadata.json", "keep", [25]), "metadata.json"),
+    "keep in a list": (set_key("metadata.json", "keep", [[21, 22]]), "metadata.json"),
+    "keep 21.0": (set_key("metadata.json", "keep", [21.0]), "metadata.json"),
+    "hz true": (set_key("metadata.json", "hz", True), "metadata.json"),
 }
 
 
