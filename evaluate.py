@@ -406,7 +406,7 @@ def evaluate(model, tokenizer, clips, num=64, seed=0, net=None, **settings):
     group_rows = {f" of {group}": ("", f"only {group}", "target") for group in groups}
     name_of_list, recordings = clip_list(clips, chosen)
     out = {"params": count_parameters(model), "tokenizer_params": count_parameters(tokenizer),
-           "clips": num, "frames": num * FUTURE, "clip_list": name_of_list,
+           "clips": num, "frames": num * FUTURE, "clip_list": name_of_list, "data": clips.path,
            "recordings": len(np.unique(recordings)), "settings": {**settings, "seed": seed}}
     if out["recordings"] == 1:  # then clips are all there is to be drawn again
         recordings = np.arange(num)

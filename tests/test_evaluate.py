@@ -623,7 +623,7 @@ def ckpt(toy):
 
 KEYS = """model variant params tokenizer_params clips frames psnr psnr_ci psnr_raw psnr_copy_last
 psnr_ceiling psnr_shuffled_actions delta_psnr psnr_per_frame fid fid_features fid_floor samples_per_s peak_gb
-device cross_entropy token_accuracy delta_psnr_groups rollout clip_list batch dtype fid_is""".split()  # DESIGN 5
+device cross_entropy token_accuracy delta_psnr_groups rollout clip_list data batch dtype fid_is""".split()  # DESIGN 5
 
 
 def test_command_line(ckpt, capsys):
@@ -633,6 +633,7 @@ def test_command_line(ckpt, capsys):
     s, printed = json.load(open(f"{ckpt}/one.json")), capsys.readouterr().out
     assert set(KEYS) <= set(s)
     assert s["model"] == "masked" and s["variant"] == "base" and s["fid_features"] == "random_inception"
+    assert s["data"] == f"{ckpt}/raw/val_v2.0", "lists of two folders can have one hash: it knows frames by number"
     for words in ("fd_random_inception", "N = 32", "N = 16", "the last frame", "clip's actions", "ceiling",
                   f"list {s['clip_list'][:8]}", "4 at once", "in bfloat16", "delta_psnr of turn alone", "by window", s["fid_is"]):
         assert words in printed
