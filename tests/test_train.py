@@ -943,7 +943,7 @@ def test_a_resumed_run_validates_as_if_never_stopped(toy, tmp_path):
 
 
 def test_the_best_checkpoint_is_the_lowest(toy, tmp_path, capsys):
-    lines = run(toy, tmp_path, steps=6, lr=2.0, ema=0.0, warmup=0, val_every=1)
+    lines = run(toy, tmp_path, steps=6, lr=2.0, ema=0.0, warmup=6, val_every=1)  # the rate rises to the end
     best = min(lines, key=lambda line: line["val_loss"])
     assert best["step"] < 6 and read(tmp_path, "ckpt_best.pt")["step"] == best["step"]
     said = capsys.readouterr().out
