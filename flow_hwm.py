@@ -69,7 +69,7 @@ TRAINING = {  # paper: Sec. 3.2; micro: the clips that a GPU takes at once
     "paper": dict(steps=150_000, batch=128, lr=1e-4, warmup=0, decay="cosine", micro=32),
     "tiny": dict(steps=3600, batch=8, lr=2e-3, warmup=50, decay="cosine"),
 }
-SAMPLING = {  # paper: Sec. 3.2; tiny: the best of those measured (README)
+SAMPLING = {  # paper: Sec. 3.2; tiny: the best of those measured (tests/RESULTS.md)
     "paper": dict(steps=50, cfg=3.0),
     "tiny": dict(steps=5, cfg=1.5, temperature=0.0),
 }

@@ -66,7 +66,7 @@ TRAINING = {  # paper: Sec. 3.1; micro: the clips that a GPU takes at once
     "paper": dict(steps=60_000, batch=16, lr=3e-5, warmup=100, decay="linear", micro=4),
     "tiny": dict(steps=2400, batch=8, lr=2e-3, warmup=50, decay="cosine"),
 }
-SAMPLING = {  # paper: Sec. 3.1; tiny: the best of those measured (README)
+SAMPLING = {  # paper: Sec. 3.1; tiny: the best of those measured (tests/RESULTS.md)
     "paper": dict(K=2, temperature=1.0),
     "tiny": dict(K=2, temperature=0.5, mean=True),
 }
