@@ -200,7 +200,8 @@ class Mp4:
                 frames = self._decode(key)
             for frame in frames:
                 if frame.pts in want:
-                    found.append(upright(frame))
+                    pixels = frame.to_ndarray(format="rgb24")  # (frame.side_data would tie the frame to itself,
+                    found.append(np.rot90(pixels, frame.rotation // 90))  # to be freed late, after a fork)
                 if frame.pts >= want[-1]:
                     break
             if len(found) < want.size:
@@ -234,15 +235,6 @@ class Mp4:
                         yield from waiting
                         waiting = []
             yield from waiting
-
-def upright(frame):
-    """A frame's pixels, RGB (H, W, 3), turned as its file's header says."""
-    header = frame.side_data.get("DISPLAYMATRIX")
-    if header:
-        a, b, _, c, d = np.frombuffer(header, "<i4")[:5] / 65536
-        if frame.rotation % 90 or a * d < b * c:
-            raise ValueError("its header says to mirror or to tilt it")
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 # ---- one split folder: the reader of the 1X layout -----------------------------------------------
 

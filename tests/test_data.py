@@ -262,15 +262,6 @@ def test_mp4_is_turned_as_its_header_says(tmp_path, degrees, matrix, corner):
     assert red == [corner]
 
 
-@pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0.7071, 0.7071, -0.7071, 0.7071)])
-def test_mp4_that_a_player_mirrors_or_tilts_is_refused(tmp_path, matrix):
-    file = mp4_split(tmp_path / "train_v2.0", numbered(20))
-    a, b, c, d = (int(65536 * x) for x in matrix)
-    patch_box(file, b"tkhd", 40, ">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    with pytest.raises(data.DataError, match="video_0.mp4 .* mirror or to tilt"):
-        data.open_clips(tmp_path)[0]
-
-
 def test_mp4_whose_pixels_are_not_square_is_refused(tmp_path):
     av = pytest.importorskip("av")
     mp4_split(tmp_path / "train_v2.0", numbered(20), **{"x264-params": "sar=2/1"})
