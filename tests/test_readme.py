@@ -26,7 +26,7 @@ TOY = {  # what is added to a command; argparse takes the last of a flag that is
     "data.py encode": "--size 32 --stride 17",
     "tokenizer.py train": "--steps 2 --batch 2 --eval_every 2",
     "tests/tables.py": "--only masked:base --steps 2 --num 4 --inception random --frames 340 --batch 4",
-    "tests/bench.py": "--preset tiny --batch 1 --repeat 1 --frame_size 32",
+    "tests/bench.py": "--preset tiny --batch 1 --repeats 1 --dtype float32",
     "assets/draw.py": "clock",
 }
 FREE = {"--steps", "--num", "--frames", "--seed", "--out", "--json", "--inception", "--rollout", "--batch"}  # numbers and files
@@ -72,7 +72,7 @@ def shape(command):
 COMMANDS = commands()
 PARSED, shapes = set(), {}  # commands whose flags alone are looked at: of the same shape as one that is run, or slow
 for c in COMMANDS:
-    is_slow = c.startswith(("python tests/bench.py", "python tests/tables.py")) and re.search("--defaults|--part (train|curves)|flow", c)
+    is_slow = c.startswith(("python tests/bench.py", "python tests/tables.py")) and re.search("--defaults|bench.py$|--part (?!one)|flow|checkpoint", c)
     if is_slow or ".py" in c and shapes.setdefault(shape(c), c) != c:
         PARSED.add(c)
 
