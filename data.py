@@ -200,8 +200,9 @@ class Mp4:
                 frames = self._decode(key)
             for frame in frames:
                 if frame.pts in want:
-                    pixels = frame.to_ndarray(format="rgb24")  # (frame.side_data would tie the frame to itself,
-                    found.append(np.rot90(pixels, frame.rotation // 90))  # to be freed late, after a fork)
+                    # (frame.side_data would tie the frame to itself: freed late, after a fork, it hangs.)
+                    pixels = frame.to_ndarray(format="rgb24")
+                    found.append(np.rot90(pixels, frame.rotation // 90))
                 if frame.pts >= want[-1]:
                     break
             if len(found) < want.size:

@@ -32,8 +32,8 @@ import masked_hwm
 from blocks import cast_products, compile_blocks, faster_dtype, flow_rope, masked_rope
 from data import FUTURE, HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, synth
 from examples import robot
-from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world, reuse_memory,
-                       to_uint8, to_video, write_whole)
+from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world,
+                       reuse_memory, to_uint8, to_video, write_whole)
 
 MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 
