@@ -643,6 +643,20 @@ def test_frame_k_shows_the_state_of_frame_k(joint, change):
     assert abs(changed[k].astype(int) - frames[k]).mean() > 0.5
 
 
+def test_hands_take_hold_in_one_clip_of_eight_or_so():
+    """Caught: hands that open and close anywhere, so that a model hardly ever sees an object carried."""
+    carried = []
+    for seed in range(30):
+        rng = np.random.default_rng(1_000_000 + seed)
+        world = robot.robot_world(rng)
+        held = []
+        for state in robot.robot_plan(rng, world, 153):
+            robot.robot_step(world, state)
+            held.append(max(world.held) >= 0)
+        carried += np.reshape(held, (9, 17)).any(axis=1).tolist()
+    assert 0.07 < np.mean(carried) < 0.2
+
+
 # ---- training and scoring a tokenizer ------------------------------------------------------------
 
 
