@@ -641,8 +641,8 @@ def made_of(clips):
             found.update(b"%d" % n)
     return found.hexdigest()
 
-def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, batch=8, device=None,
-           progress=True, **source):
+def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, splits=("train", "val"),
+           batch=8, device=None, progress=True, **source):
     """Raw video -> a data folder of ids (int32) or latents (float16), which is read like the 1X set.
 
     Training clips begin `stride` frames apart, by default as `training_stride` says; those for validation
@@ -660,6 +660,8 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, ba
             about[key] = getattr(tokenizer, key)
     # 2. Split by split.
     for split in split_folders(data):
+        if split not in splits:
+            continue
         apart = stride if split == "train" else None
         clips = open_clips(data, split, stride=apart, size=size, frame_stride=frame_stride, **source)
         check(clips.kind == "raw", f"{clips.path} is tokenized already: give the folder of raw video")

@@ -653,6 +653,13 @@ def test_a_cache_knows_what_it_was_made_of(tmp_path, fake, change):
         encode()
 
 
+def test_encode_may_leave_a_split_out(tmp_path, fake):
+    for split in ("train", "val"):
+        raw_split(tmp_path / f"raw/{split}_v2.0")
+    data.encode(str(tmp_path / "raw"), str(fake / "discrete"), str(tmp_path / "out"), splits=("val",), progress=False)
+    assert os.listdir(tmp_path / "out") == ["val_v2.0"]
+
+
 def test_velocities_and_groups_reach_the_cache(tmp_path, fake):
     raw_split(tmp_path / "raw/train_v2.0", velocities=[3], groups={"arm": [0, 1]})
     data.encode(str(tmp_path / "raw"), str(fake / "discrete"), str(tmp_path / "out"), progress=False)
