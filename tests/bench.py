@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -159,7 +158,10 @@ def play_part(args, autocast):
     from examples.play import Game
     model, saved = load_model(f"{MAIN}/weights/{args.model}_{args.variant}_tiny.pt", DEVICE)
     settings = settings_of(saved, None) | ({"steps": 3} if args.model == "flow" else {})  # as sample.py --play has it
-    clips = SimpleNamespace(path="", names=list(JOINTS), meta={"robot": "built-in"}, frame_stride=1)
+    class Clips:  # of the built-in robot, without its frames: play asks for no more
+        path, names, meta, frame_stride = "", list(JOINTS), {"robot": "built-in"}, 1
+
+    clips = Clips()
     game = Game([(model, load_tokenizer_for(saved["tokenizer"], DEVICE), settings, clips)])
     game.reset()
 
