@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 import flow_hwm
 import masked_hwm
 from blocks import cast_products, compile_blocks, faster_dtype, flow_rope, masked_rope
-from data import FUTURE, HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, synth
+from data import FUTURE, HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, read_json, synth
 from examples import robot
 from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world,
                        reuse_memory, to_uint8, to_video, write_whole)
@@ -239,9 +239,13 @@ def load_tokenizer_for(about, device="cpu", path="", required=True):
 
 def built_in_robot(settings):
     """The folder of the built-in robot. If its validation split is missing, synth(**settings) draws it."""
-    metadata = f"{ROBOT}/val_v2.0/metadata.json"
-    if find(metadata):
-        return find(metadata).removesuffix("/val_v2.0/metadata.json")
+    metadata = find(f"{ROBOT}/val_v2.0/metadata.json")
+    if metadata:
+        folder = metadata.removesuffix("/val_v2.0/metadata.json")
+        if read_json(metadata).get("motion") != robot.MOTION:
+            raise DataError(f"{folder} was drawn by another version of examples/robot.py: delete it and its "
+                            "latents, and it is drawn anew")
+        return folder
     folder = f"{HERE}/{ROBOT}"
     if not os.access(HERE, os.W_OK):  # the repository belongs to somebody else
         folder = os.path.expanduser("~/.cache/humanoid_world_models/robot")

@@ -324,6 +324,7 @@ def robot_episode(seed, n_frames, size=64, room=0):
 
 # ---- a data folder -------------------------------------------------------------------------------
 EPISODE, SHARD = 160, 8 * 160  # frames
+MOTION = 2  # counts up when `robot_plan` changes, so that recordings of before are not taken for new ones
 
 def synth(out, frames=20_000, size=64, seed=0, splits=("train", "val"), hard=False, progress=True):
     """Draws a raw data folder: `frames` to train on, and a tenth, at least 1,700, to validate. Episodes have
@@ -336,7 +337,7 @@ def synth(out, frames=20_000, size=64, seed=0, splits=("train", "val"), hard=Fal
         total = frames if split == "train" else max(frames // 10, 1700)
         lengths = [min(SHARD, total - first) for first in range(0, total, SHARD)]
         about = {"robot": "hard" if hard else "built-in", "size": size, "seed": seed, "frames": total}
-        about["episode"] = EPISODE
+        about |= {"episode": EPISODE, "motion": MOTION}
         meta = {"num_shards": len(lengths), "query": None, "hz": HZ, "num_images": total, **about}
         make_split(f"{out}/{split}_v2.0", about, list(enumerate(lengths)),
                    functools.partial(draw_shard, lengths, about, split == "val"), meta,
