@@ -343,7 +343,7 @@ def test_in_a_read_only_checkout_the_robot_is_drawn_elsewhere(tmp_path, monkeypa
     os.makedirs(tmp_path / "checkout" / "data" / "robot" / "val_v2.0")
     metadata = tmp_path / "checkout" / "data" / "robot" / "val_v2.0" / "metadata.json"
     metadata.write_text("{}")
-    with pytest.raises(DataError, match="drawn by another version"):
+    with pytest.raises(data.DataError, match="drawn by another version"):
         sample.built_in_robot({"frames": 50})
     metadata.write_text(json.dumps({"motion": sample.robot.MOTION}))
     assert sample.built_in_robot({"frames": 50}) == f"{tmp_path}/checkout/data/robot" and not drawn, "it is there already"
