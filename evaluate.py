@@ -39,9 +39,8 @@ from flow_hwm import interpolate, target_velocity
 from sample import (AT_ONCE, COMMANDS, MODELS, add_sampling_flags, change_actions, check_sampling_flags,
                     commanded, continue_video, distance, follow, load_fitting, noise_of, plan, plan_by_model,
                     plan_problem, set_dtype, spread, through, to_latents)
-from tokenizer import (PRESETS, DataError, Tokenizer, command, count_parameters, fingerprint, psnr,
-                       rank_and_world, to_uint8, write_whole)
-from train import barrier, device_of, peak_gb
+from tokenizer import (PRESETS, DataError, Tokenizer, barrier, command, count_parameters, device_of,
+                       fingerprint, peak_gb, psnr, rank_and_world, to_uint8, write_whole)
 
 PAPER_SIZES = {  # billions, Tables 1 and 2
     "masked": {"split": 0.220, "base": 0.321, "modality": 0.237, "full": 0.195},
