@@ -698,8 +698,10 @@ def add_sampling_flags(p, nargs=None):
     p.add_argument("--tokenizer", default="", help="default: the one that the checkpoint names")
     p.add_argument("--steps", type=int, help="masked: K of a latent frame; flow: the solver's steps")
     p.add_argument("--cfg", type=float, help="flow: scale of classifier-free guidance, 1 for none")
-    p.add_argument("--temperature", type=float, help="of what is drawn, 0 for the likeliest")
-    p.add_argument("--mean", action=argparse.BooleanOptionalAction, help="masked: ids nearest to the mean")
+    p.add_argument("--temperature", type=float, help="masked: of the ids' probabilities; flow: scale of the "
+                   "noise to start from; at 0 nothing is drawn")
+    p.add_argument("--mean", action=argparse.BooleanOptionalAction, help="masked: take the id nearest to the "
+                   "mean code, and draw none; with --no-mean ids are drawn")
     p.add_argument("--order", choices=["random", "confidence"], help="masked: which ids stay first")
     p.add_argument("--method", choices=["euler", "midpoint"], help="flow: the solver")
     p.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged, or the last")
