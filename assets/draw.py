@@ -337,6 +337,6 @@ def variants():
 PICTURES = {f.__name__: f for f in (pipeline, clock, masking, flow, blocks, variants)}
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    for name in sys.argv[1:] or PICTURES:
-        PICTURES[name]()
+    with torch.no_grad():
+        for name in sys.argv[1:] or PICTURES:
+            PICTURES[name]()

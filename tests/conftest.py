@@ -8,6 +8,18 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def nothing_stays_switched():
+    """A switch of the whole process that a test leaves turned would fail thirty others far away: it fails this one."""
+    threads = torch.get_num_threads()
+    yield
+    grad, torch_threads = torch.is_grad_enabled(), torch.get_num_threads()
+    torch.set_grad_enabled(True)
+    torch.set_num_threads(threads)
+    assert grad and torch_threads == threads, "gradients are off, or the number of threads is another, after this test"
+
+
 TOY_PRESET = dict(n_layer=2, n_head=2, width=24, hidden=32)  # of either model
 
 
