@@ -180,6 +180,7 @@ def train(args):
     train_state.pt, from which --resume goes on to the same numbers as if the run had never stopped."""
     # 1. Setup. Every process does its share of each batch; rank 0 validates and writes.
     rank, world = rank_and_world()
+    args.steps = args.steps or (1500 if args.init else 5000)
     if args.batch % world:
         raise DataError(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple")
     os.makedirs(args.out, exist_ok=True)
@@ -276,7 +277,7 @@ def main(argv):
     t.add_argument("--kind", required=True, choices=["discrete", "continuous"])
     t.add_argument("--out", required=True, help="folder for tokenizer.pt, log.jsonl and train_state.pt")
     t.add_argument("--resume", action="store_true", help="go on from train_state.pt in --out")
-    t.add_argument("--steps", type=int, default=5000)
+    t.add_argument("--steps", type=int, help="default: 5000, or 1500 with --init, which has a start already")
     t.add_argument("--batch", type=int, default=4)
     t.add_argument("--lr", type=float, default=1.5e-3)
     t.add_argument("--init", default="", help="tokenizer to start from, a continuous one for either kind")

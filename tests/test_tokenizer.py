@@ -750,6 +750,15 @@ def same_state(a, b):
     return a == b
 
 
+@pytest.mark.parametrize("more, steps", [([], 5000), (["--init", "cv.pt"], 1500), (["--init", "cv.pt", "--steps", "7"], 7)])
+def test_a_tokenizer_that_has_a_start_needs_fewer_steps(toy, tmp_path, monkeypatch, capsys, more, steps):
+    monkeypatch.setattr(training, "new_tokenizer", lambda *_: tok.Tokenizer(tok.TokenizerConfig(channels=4, levels=(4, 4, 4))))
+    monkeypatch.setattr(training, "tqdm", lambda **about: killed(about))  # the loop's bar: here it would begin
+    with pytest.raises(KeyError):
+        tok.main(["train", "--data", f"{toy}/raw", "--out", str(tmp_path), "--kind", "discrete", *more])
+    assert f"from step 0 of {steps}\n" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def whole(toy, tmp_path_factory):
     """A run that nobody interrupts."""
