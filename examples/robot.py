@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data import FRAMES, DataError, make_split
+from data import FRAMES, DataError
+from examples.shards import make_split
 
 HZ = 10
 NECK, LEFT_HAND, RIGHT_HAND, DRIVE, TURN = range(20, 25)  # columns of a state
