@@ -45,18 +45,12 @@ from tokenizer import (DataError, barrier, command, fingerprint, load_tokenizer,
 FRAMES, PAST, FUTURE = 17, 9, 8  # a clip is 9 past and 8 future frames, 1 + 2 x 8, so 3 latent frames
 VOCAB_SIZE = 64_000  # of the 1X files (Cosmos DV): 8 * 8 * 8 * 5 * 5 * 5
 STORED = {"discrete": "<i4", "continuous": "<f2"}  # number type of ids and of latents in files
-CLIPS_PER_SHARD = 256  # of what `encode` writes
-READERS = 6  # threads that read clips for a GPU, some 20 a second each (512 x 512 pixels to 256 x 256)
-ENOUGH = 5000  # clips to train on, where recordings are so short that they overlap
 ARM = ("SHOULDER_PITCH", "SHOULDER_ROLL", "SHOULDER_YAW", "ELBOW_PITCH", "ELBOW_YAW", "WRIST_PITCH",
        "WRIST_ROLL")
 JOINTS = ("HIP_YAW", "HIP_ROLL", "HIP_PITCH", "KNEE_PITCH", "ANKLE_ROLL", "ANKLE_PITCH",
           *("LEFT_" + joint for joint in ARM), *("RIGHT_" + joint for joint in ARM), "NECK_PITCH",
           "LEFT_HAND_CLOSURE", "RIGHT_HAND_CLOSURE", "LINEAR_VELOCITY", "ANGULAR_VELOCITY")
 HERE = os.path.dirname(os.path.abspath(__file__))
-SHIPPED_TOKENIZERS = {"discrete": "weights/tokenizer_dv_tiny.pt",
-                      "continuous": "weights/tokenizer_cv_tiny.pt"}
-ROBOT, ROBOT_STRIDE = "data/robot", 4  # the built-in robot's folder; frames between clips that train on it
 
 # ---- bad input: every error is one sentence that names the file ----------------------------------
 
@@ -78,13 +72,7 @@ def reading(file, trouble="cannot be read", way_out="fetch or write it again"):
     except Exception as error:  # a damaged header can raise nearly anything
         raise DataError(f"{file} {trouble} ({reason(error)}): {way_out}") from None
 
-@functools.cache
-def say_once(sentence):
-    """Says what was chosen for the user, on rank 0, beside the output of `info --json`."""
-    if rank_and_world()[0] == 0:
-        print(sentence, file=sys.stderr)
-
-# Types of what metadata files hold, [type] being a list of it; other keys are checked where they are used.
+# What metadata files of 1X and LeRobot hold, [type] being a list of it. Other keys are checked where used.
 METADATA = {"num_shards": int, "num_images": int, "shard_num_frames": int, "action_dim": int, "hz": float,
             "names": [str], "keep": [int], "clip_shape": [int], "tokenizer": dict, "fps": float,
             "chunks_size": int, "features": dict, "data_path": str}
@@ -141,8 +129,8 @@ def split_folder(path, split):
     """The folder of one split; where `path` is the other split, the folder of the same spelling beside it."""
     path, found = os.fspath(path), split_folders(path)
     if split not in found and path in found.values():
-        folder = Path(path).absolute()
-        beside = folder.with_name(folder.name.replace(*found, split))
+        other, folder = "train" if split == "val" else "val", Path(path).absolute()
+        beside = folder.with_name(folder.name.replace(other, split))
         found = split_folders(beside) if beside.is_dir() else found
     check(split in found, f"{path} holds no {split} split, only {list(found.values())}: add {split}_v2.0")
     return found[split]
@@ -246,6 +234,12 @@ class Reader1X:
 SOURCE = {"camera": "of a LeRobot folder: which camera (default: the only one, or the head's)",
           "fit": "crop: the centre square of its frames (default); pad: all of them, with black bars",
           "actions": "observation.state (default), or action: commands, told where they take effect"}
+
+@functools.cache
+def say_once(sentence):
+    """Says what was chosen for the user, on rank 0, beside the output of `info --json`."""
+    if rank_and_world()[0] == 0:
+        print(sentence, file=sys.stderr)
 
 class Clips(Dataset):
     """All usable clips of one split, in order; `open_clips` makes it and says what an item is. `shape` is
@@ -463,6 +457,10 @@ def synth(out, **options):
 
 # ---- encoding raw video with a tokenizer ---------------------------------------------------------
 
+ENOUGH = 5000  # clips to train on, where recordings are so short that they overlap
+CLIPS_PER_SHARD = 256
+READERS = 6  # threads that read clips for a GPU, some 20 a second each (512 x 512 pixels to 256 x 256)
+
 def training_stride(clips):
     """Frames from one training clip to the next, so that there are about ENOUGH clips: of little data they
     overlap, for a model memorises clips that it sees too often."""
@@ -593,6 +591,10 @@ def cache_metadata(clips, folder, layout, about, example, n_shards):
         _, _, mean, std = moments(channels_last())
         meta.update(latent_mean=mean.tolist(), latent_std=np.where(std == 0, 1, std).tolist())
     return meta
+
+SHIPPED_TOKENIZERS = {"discrete": "weights/tokenizer_dv_tiny.pt",
+                      "continuous": "weights/tokenizer_cv_tiny.pt"}
+ROBOT, ROBOT_STRIDE = "data/robot", 4  # the built-in robot's folder; frames between clips that train on it
 
 def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=False, device="cpu", say=print,
                  stride=None, **source):
