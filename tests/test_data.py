@@ -510,6 +510,19 @@ def test_shards_are_divided_among_ranks(tmp_path):
     assert not job.is_alive()
 
 
+def test_rank_0_waits_for_the_shards_of_the_others(tmp_path):
+    """metadata.json makes a folder one of data: it is written when every shard is there, whoever makes it."""
+    job = threading.Thread(target=split_of, args=(tmp_path / "train", 3), kwargs={"share": (0, 2)})
+    job.start()
+    while not (tmp_path / "train/metadata/metadata_2.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert not (tmp_path / "train/metadata.json").exists()
+    assert split_of(tmp_path / "train", 3, share=(1, 2)) == [0, 1, 2]
+    job.join(5)
+    assert not job.is_alive()
+
+
 def test_processes_end_with_their_parent(tmp_path):
     code = textwrap.dedent(f"""
         import sys; sys.path.insert(0, {MAIN!r})
