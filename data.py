@@ -25,18 +25,13 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import shutil
 import sys
 import tempfile
-import threading
-import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -44,25 +39,18 @@ import torch
 from torch.utils.data import BatchSampler, Dataset
 from tqdm import tqdm
 
-from tokenizer import (DataError, barrier, command, fingerprint, load_tokenizer, rank_and_world, to_video,
-                       write_whole)
-from tokenizer import to_uint8  # noqa: F401, the inverse of to_video, for those who take both from here
+from tokenizer import (DataError, barrier, command, fingerprint, load_tokenizer, rank_and_world, reason,
+                       to_video, write_whole)
 
 FRAMES, PAST, FUTURE = 17, 9, 8  # a clip is 9 past and 8 future frames, 1 + 2 x 8, so 3 latent frames
 VOCAB_SIZE = 64_000  # of the 1X files (Cosmos DV): 8 * 8 * 8 * 5 * 5 * 5
 STORED = {"discrete": "<i4", "continuous": "<f2"}  # number type of ids and of latents in files
-CLIPS_PER_SHARD = 256  # of what `encode` writes
-READERS = 6  # threads that read clips for a GPU, some 20 a second each (512 x 512 pixels to 256 x 256)
-ENOUGH = 5000  # clips to train on, where recordings are so short that they overlap
 ARM = ("SHOULDER_PITCH", "SHOULDER_ROLL", "SHOULDER_YAW", "ELBOW_PITCH", "ELBOW_YAW", "WRIST_PITCH",
        "WRIST_ROLL")
 JOINTS = ("HIP_YAW", "HIP_ROLL", "HIP_PITCH", "KNEE_PITCH", "ANKLE_ROLL", "ANKLE_PITCH",
           *("LEFT_" + joint for joint in ARM), *("RIGHT_" + joint for joint in ARM), "NECK_PITCH",
           "LEFT_HAND_CLOSURE", "RIGHT_HAND_CLOSURE", "LINEAR_VELOCITY", "ANGULAR_VELOCITY")
 HERE = os.path.dirname(os.path.abspath(__file__))
-SHIPPED_TOKENIZERS = {"discrete": "weights/tokenizer_dv_tiny.pt",
-                      "continuous": "weights/tokenizer_cv_tiny.pt"}
-ROBOT, ROBOT_STRIDE = "data/robot", 4  # the built-in robot's folder; frames between clips that train on it
 
 # ---- bad input: every error is one sentence that names the file ----------------------------------
 
@@ -82,33 +70,29 @@ def reading(file, trouble="cannot be read", way_out="fetch or write it again"):
     except ImportError as error:
         raise DataError(f"{file} needs another package to be read: pip install {error.name}") from None
     except Exception as error:  # a damaged header can raise nearly anything
-        why = " ".join(str(error).split())
-        raise DataError(f"{file} {trouble} ({why:.300}): {way_out}") from None
+        raise DataError(f"{file} {trouble} ({reason(error)}): {way_out}") from None
 
-@functools.cache
-def say_once(sentence):
-    """Says what was chosen for the user, on rank 0, beside the output of `info --json`."""
-    if rank_and_world()[0] == 0:
-        print(sentence, file=sys.stderr)
+# What metadata files of 1X and LeRobot hold, [type] being a list of it. Other keys are checked where used.
+METADATA = {"num_shards": int, "num_images": int, "shard_num_frames": int, "action_dim": int, "hz": float,
+            "names": [str], "keep": [int], "clip_shape": [int], "tokenizer": dict, "fps": float,
+            "chunks_size": int, "features": dict, "data_path": str}
 
-# What metadata files hold, and what their lists do; other keys are checked where they are used.
-METADATA = {"num_shards": int, "num_images": int, "shard_num_frames": int, "action_dim": int,
-            "hz": (int, float), "names": list, "keep": list, "clip_shape": list, "tokenizer": dict,
-            "fps": (int, float), "chunks_size": int, "features": dict, "data_path": str}
-ITEMS = {"names": str, "keep": int, "clip_shape": int}
+def is_of(kind, value):
+    """Is a value of a JSON file of this type and, if it is a number, positive? True is no number."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(isinstance(item, kind[0]) for item in value)
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 < value < math.inf
+    return isinstance(value, kind)
 
 def read_json(file, *needed):
     """A metadata file as a dict that holds the needed keys, of METADATA's types; its numbers are positive."""
     with reading(file):
-        meta = json.loads(Path(file).read_text(encoding="utf-8"))
-        known = {key: meta.get(key) for key in METADATA.keys() & {*needed, *meta}}
-    for key, value in known.items():
-        is_sound = isinstance(value, METADATA[key])
-        if is_sound and isinstance(value, (int, float)):
-            is_sound = 0 < value < math.inf and value is not True
-        if is_sound and key in ITEMS:
-            is_sound = all(isinstance(item, ITEMS[key]) for item in value)
-        check(is_sound, f"{file} says {key} = {value!r:.100}, not of its type or not positive: correct it")
+        meta = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    for key in METADATA.keys() & {*needed, *meta}:
+        value = meta.get(key)
+        check(is_of(METADATA[key], value),
+              f"{file} says {key} = {value!r:.100}, not of its type or not positive: correct it")
     return meta
 
 # ---- folders and files ---------------------------------------------------------------------------
@@ -145,8 +129,8 @@ def split_folder(path, split):
     """The folder of one split; where `path` is the other split, the folder of the same spelling beside it."""
     path, found = os.fspath(path), split_folders(path)
     if split not in found and path in found.values():
-        folder = Path(path).absolute()
-        beside = folder.with_name(folder.name.replace(*found, split))
+        other, folder = "train" if split == "val" else "val", Path(path).absolute()
+        beside = folder.with_name(folder.name.replace(other, split))
         found = split_folders(beside) if beside.is_dir() else found
     check(split in found, f"{path} holds no {split} split, only {list(found.values())}: add {split}_v2.0")
     return found[split]
@@ -156,86 +140,6 @@ def open_array(file, dtype, shape):
     pickled, nothing leaks, and a file that was cut meanwhile is an error here instead of a dead process."""
     with reading(file):
         return np.memmap(file, dtype, "r").reshape(shape)
-
-class Mp4:
-    """Frames of a video file, RGB and upright: `Mp4(file, n)[np.array([3, 5])]` -> uint8 (2, H, W, 3).
-    The plain way is to decode the whole file and to count. Here a frame's number is its rank among the
-    presentation times of all packets, which stays exact with B-frames and edit lists. A read seeks to the
-    keyframe before and decodes forward, or goes on with the decoder of the last read. After a fork the
-    parent's stays in `last`, unused: to close it would be to wait for its threads, which are not here."""
-    last = {}  # process id -> (the Mp4 read last, time of its last frame, decoder), while no thread reads it
-
-    def __init__(self, file, frames=None):
-        self.file, self.frames, self.times = file, frames, None
-        with reading(file), self._open() as container:
-            stream = container.streams.video[0]
-            self.shape, self.tick = (frames, stream.height, stream.width, 3), float(stream.time_base)
-            aspect = stream.sample_aspect_ratio or 1
-        check(0.98 < aspect < 1.02,
-              f"{file} has pixels {float(aspect):.3g} times as wide as high: scale it to square ones")
-
-    def _open(self):
-        import av
-        return av.open(self.file, metadata_errors="replace")  # tags may be written in any encoding
-
-    def index(self):
-        """Fills `times`, the presentation times of the frames that a player shows, and `keys`, those of all
-        keyframes: an edit list may discard a keyframe and show the frames that follow it."""
-        if self.times is None:
-            with reading(self.file), self._open() as container:
-                table = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(video=0)]
-                times, is_key, is_discarded = np.array(sorted(table[:-1])).T  # the last one has no time
-                self.keys, self.times = times[is_key == 1], times[is_discarded == 0]
-        n = self.times.size
-        check(self.frames in (None, n),
-              f"{self.file} has {n} frames for {self.frames} states: fetch that shard again")
-        return self
-
-    def __getitem__(self, numbers):
-        want, here, found = self.index().times[numbers], os.getpid(), []
-        with reading(self.file, f"does not decode at frames {numbers[0]}..{numbers[-1]}"):
-            key = self.keys[self.keys <= want[0]][-1]
-            video, last, frames = Mp4.last.pop(here, (None, None, None))
-            if video is not self or not key <= last < want[0]:
-                frames = self._decode(key)
-            for frame in frames:
-                if frame.pts in want:
-                    # (frame.side_data would tie the frame to itself: freed late, after a fork, it hangs.)
-                    pixels = frame.to_ndarray(format="rgb24")
-                    found.append(np.rot90(pixels, frame.rotation // 90))
-                if frame.pts >= want[-1]:
-                    break
-            if len(found) < want.size:
-                raise ValueError(f"only {len(found)} of {want.size} frames come")
-            Mp4.last[here] = self, frame.pts, frames
-            return np.stack(found)
-
-    def _decode(self, key):
-        """Yields the frames from the keyframe at time `key` on, in order of presentation."""
-        from av.video.frame import PictureType
-        with self._open() as container:
-            # 1. Seek to that keyframe. Files are indexed in decoding order, so that among short groups of
-            #    pictures this can land on a later one; then the keyframe before is tried.
-            for start in self.keys[self.keys <= key][::-1]:
-                container.seek(int(start), stream=container.streams.video[0])
-                packets = container.demux(video=0)
-                first = next(packets)
-                if first.pts <= key:
-                    break
-            # 2. Decode. A decoder marks one frame as damaged, but all that are predicted from it are wrong,
-            #    so none is given out after it. B-frames are predicted from a later frame, too: they wait
-            #    until that frame has come. There are at most 16 of them in a row.
-            waiting = []
-            for packet in itertools.chain([first], packets):
-                for frame in packet.decode():
-                    if frame.is_corrupt and frame.pts >= key:
-                        number = np.searchsorted(self.times, frame.pts)
-                        raise ValueError(f"frame {number} is damaged, and with it all from its keyframe on")
-                    waiting.append(frame)
-                    if frame.pict_type != PictureType.B or len(waiting) > 16:
-                        yield from waiting
-                        waiting = []
-            yield from waiting
 
 # ---- one split folder: the reader of the 1X layout -----------------------------------------------
 
@@ -258,24 +162,26 @@ class Reader1X:
     def __init__(self, path, split):
         self.path, self.file, self.mp4s = path, f"{path}/metadata.json", {}
         self.meta = meta = read_json(self.file, "num_shards", "num_images", "hz")
-        # 1. The states.
+        # 1. The states. The hand closures of 1X's robot are kept as they are.
         self.hz, A = float(meta["hz"]), meta.get("action_dim", len(JOINTS))
         names = JOINTS if A == len(JOINTS) else [f"STATE_{j}" for j in range(A)]
         self.names = tuple(meta.get("names", names))
-        self.keep = tuple(meta.get("keep", (21, 22) if self.names == JOINTS else ()))  # hand closures
+        self.keep = tuple(meta.get("keep", (21, 22) if self.names == JOINTS else ()))
         self._demand("names", len({*self.names}) == A, f"{A} different strings")
         self._demand("keep", {*self.keep} <= {*range(A)}, f"numbers of states, 0..{A - 1}")
         # 2. The shards. All have the kind of the first.
-        self.lengths, self.files, self.state_files, ids, suffixes = [], [], [], [], [".bin", ".npy", ".mp4"]
+        self.lengths, self.files, self.state_files, ids = [], [], [], []
+        suffixes = [".bin", ".npy", ".mp4"]
         for i in range(meta["num_shards"]):
             file = self._find("metadata", i, ".json")
-            about = {"shard_ind": i, **read_json(file, "shard_num_frames")}
-            check(about["shard_ind"] == i, f"{file} is not of shard {i}, as its name: fetch it again")
-            self.lengths.append(about["shard_num_frames"])
+            about = read_json(file, "shard_num_frames")
+            n = about["shard_num_frames"]
+            check(about.get("shard_ind", i) == i, f"{file} is not of shard {i}, as its name: fetch it again")
+            self.lengths.append(n)
             self.files.append(self._find("video", i, *suffixes))
             self.state_files.append(self._find("states", i, ".bin"))
             self.states(i)  # an error here if its size is not right
-            ids.append(open_array(self._find("segment_idx", i, ".bin"), "<i4", self.lengths[i]))
+            ids.append(open_array(self._find("segment_idx", i, ".bin"), "<i4", n))
             suffixes = [self.files[0][-4:]]
         ends = np.cumsum(self.lengths)
         self._demand("num_images", meta["num_images"] == ends[-1], f"{ends[-1]}, the frames of all shards")
@@ -287,9 +193,9 @@ class Reader1X:
             ends = ends[-1:]
         changes = np.flatnonzero(np.diff(np.concatenate(ids))) + 1
         self.edges = np.unique([0, *changes, *ends])
-        # 4. What a stored clip is.
+        # 4. What a stored clip is. Windows of 1X's raw validation split lie on the grid of its tokens, too.
         self.kind = meta.get("kind", "discrete") if suffixes == [".bin"] else "raw"
-        is_1x = (self.names, self.hz) == (JOINTS, 30) and "robot" not in meta
+        is_1x = self.names == JOINTS and self.hz == 30 and "robot" not in meta
         self.on_grid = self.kind != "raw" or is_1x and split == "val"
         self.shape = tuple(meta.get("clip_shape", (3, 32, 32)))
         self.vocab_size = meta.get("tokenizer", {}).get("vocab_size", VOCAB_SIZE)
@@ -310,6 +216,7 @@ class Reader1X:
         if self.kind != "raw":
             return open_array(file, STORED[self.kind], (math.ceil(n / FRAMES), *self.shape))
         if file.endswith(".mp4"):
+            from examples.mp4 import Mp4  # frames by number, upright and exact: no part of this course
             if file not in self.mp4s:
                 self.mp4s[file] = Mp4(file, n)  # kept for its table of times
             return self.mp4s[file]
@@ -327,6 +234,12 @@ class Reader1X:
 SOURCE = {"camera": "of a LeRobot folder: which camera (default: the only one, or the head's)",
           "fit": "crop: the centre square of its frames (default); pad: all of them, with black bars",
           "actions": "observation.state (default), or action: commands, told where they take effect"}
+
+@functools.cache
+def say_once(sentence):
+    """Says what was chosen for the user, on rank 0, beside the output of `info --json`."""
+    if rank_and_world()[0] == 0:
+        print(sentence, file=sys.stderr)
 
 class Clips(Dataset):
     """All usable clips of one split, in order; `open_clips` makes it and says what an item is. `shape` is
@@ -353,18 +266,21 @@ class Clips(Dataset):
             say_once(f"{self.path}: clips begin where those of 1X's tokens do, every 17 frames of a shard")
         self.find_clips(stride or frames * frame_stride)
         if self.kind != "raw":  # a first look; the rest when it is read
-            for i, k in itertools.product(range(len(reader.lengths)), (0, -1)):
-                self.stored(i, k)
+            for i in range(len(reader.lengths)):
+                self.stored(i, 0)
+                self.stored(i, -1)
 
     def find_clips(self, step):
-        """Raw windows begin every `step` frames of a recording, stored clips every 17 frames of a shard. So
-        do, `on_grid`, windows of 1X's raw validation split: both models are scored on the same frames."""
-        self.stride, span = step, (self.frames - 1) * self.frame_stride + 1  # from first frame to last
-        bounds = self.edges if self.kind == "raw" and not self.on_grid else self.bounds
-        starts = np.concatenate([np.arange(a, b - span + 1, step) for a, b in zip(bounds, bounds[1:])])
+        """Windows begin every `step` frames of a recording. Stored clips begin every 17 frames of a shard and
+        so do, `on_grid`, those of 1X's raw validation split: both models are scored on the same frames."""
+        self.stride = step
+        to_last = (self.frames - 1) * self.frame_stride  # from a clip's first frame to its last
+        bounds = self.bounds if self.on_grid else self.edges
+        starts = np.concatenate([np.arange(a, b - to_last, step) for a, b in zip(bounds, bounds[1:])])
         # A recording's number changes at every edge, also where the same segment id comes back.
-        is_whole = self.segment(starts) == self.segment(starts + span - 1)
-        self.starts, self.crossing = starts[is_whole], int(np.sum(~is_whole))
+        is_whole = self.segment(starts) == self.segment(starts + to_last)
+        self.starts = starts[is_whole]
+        self.crossing = len(starts) - len(self.starts)
 
     def segment(self, frame):
         """Number of the recording that a frame belongs to."""
@@ -379,10 +295,12 @@ class Clips(Dataset):
     def stored(self, i, k):
         """Clip k of shard i of ids or latents, which are checked where they are read."""
         video = torch.from_numpy(np.array(self.reader.video(i)[k]))
-        low, high = (0, self.vocab_size - 1) if self.kind == "discrete" else (-65504, 65504)  # of float16
+        low, high = -65504, 65504  # of float16
+        if self.kind == "discrete":
+            video, low, high = video.long(), 0, self.vocab_size - 1
         check(low <= video.min() and video.max() <= high, f"{self.reader.files[i]} has values outside "
               f"{low}..{high} in clip {k}: fetch or encode that shard again")
-        return video.long() if self.kind == "discrete" else video.float()
+        return video if self.kind == "discrete" else video.float()
 
     def states(self, frames):
         """States of these frames of the split, which ascend: (n,) -> float32 (n, A)."""
@@ -507,7 +425,7 @@ def action_statistics(clips):
     mean[keep], std[keep] = 0, 1
     return {"mean": torch.from_numpy(mean).float(), "std": torch.from_numpy(std).float()}
 
-# ---- writing a split: shard by shard, each file whole or absent, metadata.json last --------------
+# ---- writing: each file whole or absent, the metadata last ---------------------------------------
 
 def save(file, content):
     """Writes .npy, .json or an array's bytes."""
@@ -532,96 +450,16 @@ def save_shard(folder, i, suffix, video, states, segments):
     for file, content in zip(shard_files(folder, i, suffix), contents):
         save(file, content)
 
-def is_whole(folder, i, video_bytes, state_bytes):
-    """Shard i has its metadata, which is written last, and files of the right sizes."""
-    for suffix, header in ((".npy", 128), (".bin", 0)):
-        files = shard_files(folder, i, suffix)
-        if all(map(os.path.isfile, files)):
-            return [os.path.getsize(file) for file in files[:2]] == [video_bytes + header, state_bytes]
-    return False
-
-def make_one(folder, make_shard, i):
-    video, states, segments = make_shard(i)
-    save_shard(folder, i, ".npy" if video.dtype == np.uint8 else ".bin", video, states, segments)
-    return i
-
-def end_with_parent():
-    """Without this a pool's processes would wait for work for ever after their parent was killed."""
-    def wait_and_end():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=wait_and_end, daemon=True).start()
-
-def ahead(pool, n, function, jobs):
-    """map(function, jobs), of which a pool's threads do up to n before their turn."""
-    waiting = []
-    for job in jobs:
-        waiting.append(pool.submit(function, job))
-        if len(waiting) > n:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
-
-def make_split(folder, settings, shards, make_shard, meta, shard_bytes, share=None, progress=True,
-               unit="frame", title="drawing"):
-    """Makes the shards of one split that are not whole on disk yet, and then its metadata.json.
-
-    settings     what the folder is made with, a dict; a folder that was made with others is refused
-    shards       pairs (i, number of units), the units being what the progress bar counts
-    make_shard   i -> (video, states, segments), uint8 video for .npy, any other for .bin; it is picklable
-    meta         content of metadata.json, or a function that returns it when all shards are whole
-    shard_bytes  i -> (bytes of the video's array, bytes of the states)
-    share        (rank, world): this process makes every world-th shard, torchrun's others the rest.
-                 None: processes on all cores of this machine divide the shards"""
-    # 1. Settings are written first, so that only what began a folder can go on with it.
-    file, units = f"{folder}/settings.json", dict(shards)
-    if not os.path.exists(file):
-        check(not os.path.exists(f"{folder}/metadata.json"), f"{folder} holds other data: give another --out")
-        save(file, settings)
-    old = read_json(file)
-    for key, value in settings.items():
-        check(old.get(key) == value, f"{file} says {key} = {old.get(key)!r}, not {value!r}: give another "
-                                     f"--out, or delete {folder} to make it anew")
-
-    # 2. What is missing, and whether the disk can take it.
-    def missing():
-        return [i for i in units if not is_whole(folder, i, *shard_bytes(i))]
-
-    todo = missing()
-    need = sum(sum(shard_bytes(i)) for i in todo) / 1e9
-    free = shutil.disk_usage(folder).free / 1e9
-    check(free > need + 0.02, f"{folder} needs {need:.2f} GB, its disk has {free:.2f} GB free: make room")
-    # 3. Make our share, here or on all cores.
-    rank, world = share or (0, 1)
-    mine = [i for i in todo if i % world == rank]
-    workers = 1 if share else min(os.cpu_count(), len(mine), 60)
-    make = functools.partial(make_one, folder, make_shard)
-    bar = tqdm(total=sum(units[i] for i in mine), unit=unit, desc=f"{title} {folder}",
-               disable=rank > 0 or not progress or not mine)
-    with bar, reading(folder, "is not whole", "run this again"), contextlib.ExitStack() as stack:
-        made = map(make, mine)
-        if workers > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=end_with_parent))
-            made = pool.map(make, mine)
-        for i in made:
-            bar.update(units[i])
-    # 4. Other ranks may still be at theirs. metadata.json, written last, makes this a data folder.
-    metadata = f"{folder}/metadata.json"
-    if rank == 0:
-        while missing():
-            time.sleep(0.2)
-        for left in Path(folder).rglob("*.tmp"):  # by a process that was killed
-            left.unlink()
-        save(metadata, meta() if callable(meta) else meta)
-    while not os.path.exists(metadata):
-        time.sleep(0.2)
-
 def synth(out, **options):
     """The built-in robot as a data folder of raw video; examples/robot.py says how, and takes the options."""
     from examples import robot
     return robot.synth(out, **options)
 
 # ---- encoding raw video with a tokenizer ---------------------------------------------------------
+
+ENOUGH = 5000  # clips to train on, where recordings are so short that they overlap
+CLIPS_PER_SHARD = 256
+READERS = 6  # threads that read clips for a GPU, some 20 a second each (512 x 512 pixels to 256 x 256)
 
 def training_stride(clips):
     """Frames from one training clip to the next, so that there are about ENOUGH clips: of little data they
@@ -632,14 +470,24 @@ def made_of(clips):
     """A hash of recordings: all states, and of each video's file its length, begin, middle and end."""
     found = hashlib.sha256(repr([*clips.edges]).encode())
     for i in range(len(clips.reader.lengths)):
-        found.update(np.ascontiguousarray(clips.reader.states(i)))
+        found.update(clips.reader.states(i))
     for file in dict.fromkeys(clips.reader.files):
         content = open_array(file, np.uint8, -1)
         n = content.size
         for k in (0, n // 2, max(0, n - 65536)):
-            found.update(content[k:k + 65536].tobytes())
+            found.update(content[k:k + 65536])
             found.update(b"%d" % n)
     return found.hexdigest()
+
+def ahead(pool, n, function, jobs):
+    """map(function, jobs), of which a pool's threads do up to n before their turn."""
+    waiting = []
+    for job in jobs:
+        waiting.append(pool.submit(function, job))
+        if len(waiting) > n:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
 
 def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, splits=("train", "val"),
            batch=8, device=None, progress=True, **source):
@@ -659,9 +507,7 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
         if hasattr(tokenizer, key):
             about[key] = getattr(tokenizer, key)
     # 2. Split by split.
-    for split in split_folders(data):
-        if split not in splits:
-            continue
+    for split in sorted({*split_folders(data)} & {*splits}):
         apart = stride if split == "train" else None
         clips = open_clips(data, split, stride=apart, size=size, frame_stride=frame_stride, **source)
         check(clips.kind == "raw", f"{clips.path} is tokenized already: give the folder of raw video")
@@ -672,6 +518,8 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
 
 def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     """One split of `encode`: says to `make_split` how a shard is made and what metadata.json holds."""
+    from examples.shards import make_split
+
     # 1. How clips are encoded. The first one shows the shape of all.
     def read(numbers):
         return [clips[i] for i in numbers]
@@ -685,13 +533,13 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
         return latents.numpy().astype(STORED[about["kind"]])
 
     example = encoded(read([0]))[0]
-    n, sizes = len(clips), (example.nbytes, FRAMES * clips.action_dim * 4)
+    clip_bytes = example.nbytes, FRAMES * clips.action_dim * 4  # of its latents, of its states
 
     # 2. How a shard is made, batch by batch. Threads read the next ones while a GPU encodes; the cores of a
     #    machine without one are busy encoding.
-    shards = [*BatchSampler(range(n), CLIPS_PER_SHARD, drop_last=False)]
+    shards = dict(enumerate(BatchSampler(range(len(clips)), CLIPS_PER_SHARD, drop_last=False)))
+    units = {j: len(numbers) for j, numbers in shards.items()}
     quiet = not progress or rank_and_world()[0] > 0
-    units = {j: len(numbers) for j, numbers in enumerate(shards)}
     pool, on_gpu = ThreadPoolExecutor(READERS), device.startswith("cuda")
 
     def make_shard(j):
@@ -704,38 +552,49 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
         segments = clips.segment(clips.starts[shards[j]])
         return np.concatenate(latents), np.concatenate(actions), np.repeat(segments, FRAMES)
 
-    # 3. What metadata.json says. Clips of another stride do not follow one another: they are `windows`.
+    # 3. What the cache is made with. It may move together with its source, so that settings.json holds the
+    #    way from one to the other.
     layout = {"source": os.path.abspath(clips.path), "size": clips.size, "stride": clips.stride,
               "frame_stride": clips.frame_stride}
     for key in ("groups", "opened", "robot", "velocities"):
         if key in clips.meta:
             layout[key] = clips.meta[key]
-    found = {"num_shards": len(shards), "query": None, "hz": clips.hz, "num_images": n * FRAMES,
-             "action_dim": clips.action_dim, "names": clips.names, "keep": clips.keep,
-             "segment_ids": "global", "kind": about["kind"], "dtype": str(example.dtype),
-             "clip_shape": example.shape, **layout, "tokenizer": about,
-             "windows": clips.on_grid or clips.stride != FRAMES * clips.frame_stride}
-    if clips.on_grid:  # where in its recording each clip begins, for the list of clips in evaluate.py
-        found["first"] = (clips.starts - clips.edges[clips.segment(clips.starts)]).tolist()
-
-    def meta():
-        if about["kind"] == "continuous":  # Flow-HWM standardises every channel
-            shape, files = (-1, *example.shape), [shard_files(folder, j, ".bin")[0] for j in units]
-            blocks = (np.moveaxis(open_array(file, example.dtype, shape), 1, -1) for file in files)
-            *_, mean, std = moments(x.reshape(-1, len(example)) for x in blocks)
-            std[std == 0] = 1  # a channel that never changes
-            found.update(latent_mean=mean.tolist(), latent_std=std.tolist())
-        return found
-
-    # 4. A cache and its source may move together, so settings.json holds the way from one to the other.
-    settings = {**layout, "clips": n, "batch": batch, "tokenizer_sha256": about["sha256"],
+    settings = {**layout, "clips": len(clips), "batch": batch, "tokenizer_sha256": about["sha256"],
                 "source": os.path.relpath(clips.path, folder), "source_sha256": made_of(clips)}
+    # 4. Make it.
     if not quiet:
-        print(f"{folder}: {n} clips, one every {clips.stride} of {clips.edges[-1]} frames, in "
-              f"{n * sum(sizes) / 1e9:.3g} GB")
+        print(f"{folder}: {len(clips)} clips, one every {clips.stride} of {clips.edges[-1]} frames, in "
+              f"{len(clips) * sum(clip_bytes) / 1e9:.3g} GB")
+    meta = functools.partial(cache_metadata, clips, folder, layout, about, example, len(shards))
     with pool:
-        make_split(folder, settings, units, make_shard, meta, lambda j: [units[j] * size for size in sizes],
+        make_split(folder, settings, units, make_shard, meta, lambda j: [units[j] * n for n in clip_bytes],
                    rank_and_world(), progress, "clip", "encoding")
+
+def cache_metadata(clips, folder, layout, about, example, n_shards):
+    """The metadata.json of encoded clips, whose shards are whole. Clips of another stride than their length
+    do not follow one another: they are `windows`."""
+    meta = {"num_shards": n_shards, "query": None, "hz": clips.hz, "num_images": len(clips) * FRAMES,
+            "action_dim": clips.action_dim, "names": clips.names, "keep": clips.keep,
+            "segment_ids": "global", "kind": about["kind"], "dtype": str(example.dtype),
+            "clip_shape": example.shape, **layout, "tokenizer": about,
+            "windows": clips.on_grid or clips.stride != FRAMES * clips.frame_stride}
+    if clips.on_grid:  # where in its recording each clip begins, for the list of clips in evaluate.py
+        recording_starts = clips.edges[clips.segment(clips.starts)]
+        meta["first"] = (clips.starts - recording_starts).tolist()
+
+    def channels_last():
+        for j in range(n_shards):
+            latents = open_array(f"{folder}/videos/video_{j}.bin", example.dtype, (-1, *example.shape))
+            yield np.moveaxis(latents, 1, -1).reshape(-1, len(example))
+
+    if about["kind"] == "continuous":  # Flow-HWM standardises every channel; 1 is of those that never change
+        _, _, mean, std = moments(channels_last())
+        meta.update(latent_mean=mean.tolist(), latent_std=np.where(std == 0, 1, std).tolist())
+    return meta
+
+SHIPPED_TOKENIZERS = {"discrete": "weights/tokenizer_dv_tiny.pt",
+                      "continuous": "weights/tokenizer_cv_tiny.pt"}
+ROBOT, ROBOT_STRIDE = "data/robot", 4  # the built-in robot's folder; frames between clips that train on it
 
 def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=False, device="cpu", say=print,
                  stride=None, **source):
@@ -771,57 +630,12 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
           f"differs): give that one, or leave --tokenizer out")
     return folder, tokenizer or about.get("path", "")
 
-# ---- what a folder holds -------------------------------------------------------------------------
+# ---- what a folder holds, and a walk -------------------------------------------------------------
 
 def info(path, **source):
-    """Reads all of a data folder but the pixels: counts, what the clips leave out, ranges of the states."""
-    splits, about = {}, {}
-    for split, folder in split_folders(path).items():
-        splits[split] = clips = Clips(open_reader(folder, split, **source))
-        first = splits[min(splits)]
-        for key in ("kind", "hz", "names", "shape"):
-            own, other = getattr(clips, key), getattr(first, key)
-            check(own == other, f"{clips.path} has {key} = {own}, {first.path} has {other}: make them agree")
-        # 1. What opening does not look at: all ids or latents, and how many frames a video has.
-        for i, file in enumerate(clips.reader.files):
-            video = clips.reader.video(i)
-            if clips.kind != "raw":
-                for k in range(len(video)):
-                    clips.stored(i, k)
-            elif hasattr(video, "index"):
-                video.index()
-            if isinstance(video, Mp4):
-                n, seconds = video.times.size, (video.times - video.times[0]) * video.tick
-                late = seconds * clips.hz - np.arange(n)  # in frames; a camera may be slow now and fast then
-                check(np.ptp(late) < 0.02 * n + 0.5, f"{file} plays {n} frames in {seconds[-1]:.4g} s, not "
-                      f"all at hz = {clips.hz:g}: correct metadata.json, or write it again")
-        # 2. What it holds. Windows of 17 frames do not overlap here.
-        about[split] = {"clips": len(clips), "frames": int(clips.edges[-1]), "crossing": clips.crossing,
-                        "shards": i + 1, "segment_ids": clips.reader.segment_ids}
-    # 3. All splits together.
-    total = {key: sum(s[key] for s in about.values()) for key in ("clips", "frames", "shards", "crossing")}
-    dropped = {"clips over a segment border": total.pop("crossing"),
-               "frames in no clip": total["frames"] - FRAMES * total["clips"]}
-    recordings = [map(clips.recording, range(len(clips.edges) - 1)) for clips in splits.values()]
-    low, high, mean, std = moments(itertools.chain(*recordings))
-    states = {}
-    for name, *row in zip(first.names, low.tolist(), high.tolist(), mean.tolist(), std.tolist()):
-        states[name] = dict(zip(("min", "max", "mean", "std"), row))
-    return {"path": os.fspath(path), "kind": first.kind, "hz": first.hz, "action_dim": first.action_dim,
-            "clip_shape": list(first.shape), **total, "dropped": dropped, "splits": about, "states": states,
-            "constant": [first.names[j] for j in np.flatnonzero(is_constant(low, high))]}
-
-def print_info(found):
-    print("{path}: {kind}, a clip's video is {clip_shape}, {hz:g} Hz, {action_dim} states".format(**found))
-    for split, about in found["splits"].items():
-        print(split, "has {clips} usable clips, {frames} frames in {shards} shards".format(**about))
-        if about["segment_ids"] != "global" and about["shards"] > 1:
-            print("    segment ids begin anew in every shard: no recording runs on into the next shard")
-    print("left out:", ", ".join(f"{n} {what}" for what, n in found["dropped"].items()))
-    print(f"{'state':24}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}")
-    for name, values in found["states"].items():
-        print(f"{name:24}{'{min:10.3f}{max:10.3f}{mean:10.3f}{std:10.3f}'.format(**values)}",
-              "constant" * (name in found["constant"]))
+    """Checks all of a data folder but the pixels, and returns what it holds; examples/info.py says how."""
+    from examples import info
+    return info.info(path, **source)
 
 def walk():
     """Prints what a clip is, from a few frames of the built-in robot."""
@@ -833,10 +647,11 @@ def walk():
           f"   video {tuple(clip['video'].shape)}, actions {tuple(clip['actions'].shape)}.\n"
           "3. One clock: action k is frame k's state; latent 0 is frame 0, latent i is frames 8i-7..8i.\n"
           "    frame  latent          LINEAR_VELOCITY  standardised")
-    speeds, mean, std = clip["actions"][:, 23], stats["mean"][23], stats["std"][23]
-    for k, speed in enumerate(speeds):
+    standardised = (clip["actions"] - stats["mean"]) / stats["std"]
+    for k in range(FRAMES):
         part = "past" if k < PAST else "future"
-        print(f"{k:9}{math.ceil(k / 8):8}  {part:8}{speed:15.3f}{(speed - mean) / std:14.3f}")
+        latent, (speed, z) = math.ceil(k / 8), (clip["actions"][k, 23], standardised[k, 23])
+        print(f"{k:9}{latent:8}  {part:8}{speed:15.3f}{z:14.3f}")
 
 # ---- commands ------------------------------------------------------------------------------------
 
@@ -873,8 +688,8 @@ def main(argv=None):
     options = vars(parser.parse_args(argv))
     run = options.pop("command")
     if run == "info":
-        as_json, found = options.pop("json"), info(**options)
-        print(json.dumps(found)) if as_json else print_info(found)
+        from examples.info import show
+        show(**options)
     else:
         {None: walk, "synth": synth, "encode": encode}[run](**options)
 

@@ -18,16 +18,13 @@ import errno
 import hashlib
 import math
 import os
-import pickle
 import platform
-import re
 import signal
 import sys
 import time
-import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import torch
@@ -97,7 +94,8 @@ def inverse_haar(x):
 def patch(video):
     """(B, 3, F, H, W), F = 1 + 4n -> (B, 192, 1 + n, H/4, W/4). The first frame is taken four times, to fill
     a cell of its own and stay independent of the frames after it."""
-    return haar(haar(torch.cat([video[:, :, :1]] * 3 + [video], dim=2)))
+    first = video[:, :, :1]
+    return haar(haar(torch.cat([first, first, first, video], dim=2)))
 
 def unpatch(x):
     return inverse_haar(inverse_haar(x))[:, :, 3:]
@@ -304,9 +302,10 @@ class Tokenizer(nn.Module):
 
     def bottleneck(self, video):
         """video -> continuous latents, or codes on the FSQ grid; DataError for shapes that do not fit."""
-        below = video.shape[-3] - (video.shape[-3] - 1) % self.temporal  # the valid length below this one
-        sides_fit = not any(side % self.spatial for side in video.shape[3:])
-        if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] != below or not sides_fit:
+        frames = video.shape[-3]
+        below = frames - (frames - 1) % self.temporal  # the valid length below this one
+        fits = video.ndim == 5 and video.shape[1] == 3 and frames == below
+        if not fits or any(side % self.spatial for side in video.shape[3:]):
             raise DataError(f"video of shape {tuple(video.shape)} cannot be tokenized: give (B, 3, F, H, W), "
                             f"H and W divisible by {self.spatial}, F as {below} or {below + self.temporal}")
         z = self.quant_conv(self.encoder(video.to(self.quant_conv.conv3d.weight)))
@@ -341,6 +340,7 @@ def load_tokenizer(path, device="cpu", dtype=torch.float32):
         # 1. Read tensors and sizes. NVIDIA's files do not state their sizes.
         for file in tokenizer_files(path):
             if file.endswith(".jit"):
+                from examples.torchscript import config_of_cosmos, read_torchscript
                 state.update(read_torchscript(file))
                 config = config_of_cosmos(state, path)
             else:
@@ -375,65 +375,14 @@ def fingerprint(path):
         raise DataError(f"{e.filename} cannot be read ({reason(e)}): give a tokenizer") from None
     return hashlib.sha256(b"".join(content)).hexdigest()
 
-def config_of_cosmos(state, path):
-    """Which released tokenizer is it? The files do not state their compression. The paper's are 8x16x16 when
-    continuous and 8x8x8 when discrete; a suffix of the folder's name, as in CV4x8x8, overrides that."""
-    discrete = any(name.endswith("quantizer._levels") for name in state)
-    config, name = PRESETS["dv8x8x8" if discrete else "cv8x16x16"], os.path.basename(os.path.abspath(path))
-    for temporal, spatial in re.findall(r"(\d+)x(\d+)x\2(?!\d)", name):
-        config = replace(config, temporal_compression=int(temporal), spatial_compression=int(spatial))
-    return config
-
-class ScriptModule:
-    """The stand-in for every class of a TorchScript file: it only holds the attributes."""
-
-class TorchScriptReader(pickle.Unpickler):
-    """Reads the module tree of a TorchScript archive, which is a zip, without running any code of it: only
-    names of tensors and plain containers are known here, all others are refused."""
-    def __init__(self, file):
-        self.archive = zipfile.ZipFile(file)
-        tree = next(name for name in self.archive.namelist() if name.endswith("/data.pkl"))
-        self.folder = tree.removesuffix("data.pkl")
-        super().__init__(self.archive.open(tree))
-
-    def find_class(self, module, name):
-        if module.startswith("__torch__"):
-            return ScriptModule
-        if module == "torch.jit._pickle":  # typed lists of numbers, which are no weights
-            return lambda *numbers: None
-        if name.endswith("Storage"):  # FloatStorage
-            return getattr(torch, name.removesuffix("Storage").lower())
-        if name == "_rebuild_tensor_v2":  # as_strided refuses what reaches out of its storage
-            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset).clone()
-        if name == "OrderedDict":
-            return dict
-        raise DataError(f"it calls {module}.{name}, which no file of weights needs: do not trust it")
-
-    def persistent_load(self, about):
-        _, dtype, key, _, _ = about  # the others are a word, the device it was saved from, and the length
-        data = bytearray(self.archive.read(f"{self.folder}data/{key}"))
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-def read_torchscript(file):
-    """The tensors of a TorchScript archive by their dotted names, on the CPU, as stored."""
-    found, seen, waiting = {}, set(), [("", TorchScriptReader(file).load())]
-    while waiting:
-        prefix, module = waiting.pop()
-        seen.add(module)
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                found[prefix + name] = value
-            elif isinstance(value, ScriptModule) and value not in seen:  # a module may hold itself
-                waiting.append((f"{prefix}{name}.", value))
-    return found
-
 # ---- what every module uses ----------------------------------------------------------------------
 class DataError(ValueError):
     """Bad input. The message is one sentence that names the file, the value and the way out."""
 
 def reason(error):
     """What an exception says, in one line."""
-    return (getattr(error, "strerror", None) or str(error).strip().split("\n")[-1].strip())[:150]
+    words = getattr(error, "strerror", None) or str(error).strip()
+    return words.split("\n")[-1].strip()[:150]
 
 def way_out(error):
     """What to do about an OSError, or about the RuntimeError that is torch.save's word for a full disk."""
@@ -490,16 +439,17 @@ def to_video(frames):
 
 def to_uint8(video):
     """float (B, 3, F, H, W) -> uint8 (B, F, H, W, 3), clamped and rounded."""
-    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    pixels = (video.float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 def psnr(a, b):
     """Peak signal-to-noise ratio of each frame in dB: uint8 (n, H, W, 3) twice -> float64 (n,). A mean
     squared error below 0.01 counts as 0.01: equal frames score 68.1 dB, and means stay finite."""
-    mse = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean((1, 2, 3))
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    mse = (difference**2).mean((1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(mse, 0.01))
 
-# ---- what every long run uses: processes, devices, signals ----------------------------------------
-
+# ---- what every long run uses: processes, devices, signals ---------------------------------------
 def join_processes(backend):
     """Meets the processes that torchrun started. One that runs alone needs no port, for that may be taken."""
     if dist.is_initialized():
@@ -583,7 +533,6 @@ def remembered_signals():
 class Writer:
     """`write_whole` in a thread, one file at a time, while the caller goes on. What fails there is raised by
     the next call of any method. Leaving the with statement waits for the last file."""
-
     def __init__(self):
         self.thread = ThreadPoolExecutor(1)
         self.writing = self.thread.submit(int)  # at first, nothing
@@ -628,7 +577,8 @@ def walk():
     first, fsq = ids[0, 0, 0, 0].item(), tokenizer.fsq
     digits = [first // base % n for base, n in zip(fsq.basis, fsq.levels)]
     print(f"the first id, {first}, has the digits {digits} in the bases {list(fsq.levels)}, first fastest")
-    print(f"the decoded video has {psnr(to_uint8(decoded)[0], to_uint8(video)[0]).mean():.1f} dB")
+    quality = psnr(*to_uint8(torch.cat([decoded, video]))).mean()
+    print(f"the decoded video has {quality:.1f} dB")
     print(f"9 frames alone give the same first 2 latents as all 17 frames: {torch.equal(past, ids[:, :2])}")
 
 @command

@@ -21,7 +21,9 @@ import torch
 
 import data
 import evaluate
-from examples import robot
+import tokenizer as tok
+from examples import robot, shards
+from examples.mp4 import Mp4
 
 MAIN = os.path.dirname(os.path.abspath(data.__file__))
 FIXTURES = os.path.join(MAIN, "..", "shared", "fixtures")
@@ -206,7 +208,8 @@ def test_mp4_in_a_process_forked_after_a_read(tmp_path):
         multiprocessing.set_start_method("fork")
         for i, clip in enumerate(torch.utils.data.DataLoader(clips, num_workers=2)):
             assert i != 1 or torch.equal(clip["video"][0], first)
-        print(i, len(data.Mp4.last))""")
+        from examples.mp4 import Mp4
+        print(i, len(Mp4.last))""")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert out.stdout == "4 1\n", out.stderr[-500:]
 
@@ -216,7 +219,7 @@ def test_mp4_trimmed_by_an_edit_list(tmp_path):
     write_mp4(tmp_path / "a.mp4", numbered(90), g="12", bf="2")
     ticks = 512                                                          # of a frame, in the track's time
     patch_box(tmp_path / "a.mp4", b"elst", 12, ">i", (2 + 5) * ticks)    # B-frames begin two frames late
-    video = data.Mp4(str(tmp_path / "a.mp4"), 85)
+    video = Mp4(str(tmp_path / "a.mp4"), 85)
     for index in (np.arange(3), np.arange(3, 20), np.array([2]), np.arange(0, 85, 7)):
         assert (number(video[index]) == index + 5).all()
 
@@ -365,7 +368,7 @@ def numbered(n, size=64):
 def test_mp4_frames_by_number(tmp_path, options):
     """B-frames; long, short, open groups of pictures: frame k is frame k in order, at random, in steps."""
     write_mp4(tmp_path / "a.mp4", numbered(90), **options)
-    video, rng = data.Mp4(str(tmp_path / "a.mp4"), 90), random.Random(0)
+    video, rng = Mp4(str(tmp_path / "a.mp4"), 90), random.Random(0)
     reads = [np.arange(a, min(a + 17, 90)) for a in range(0, 90, 17)]
     for _ in range(25):
         first, step = rng.randrange(80), rng.choice([1, 2, 3])
@@ -386,9 +389,9 @@ def test_red_stays_red(tmp_path, suffix):
     else:
         np.save(f"{folder}/videos/video_0.npy", red)
     video = data.open_clips(tmp_path, size=32)[0]["video"][None]
-    tensor = data.to_video(video)                                        # (1, 3, 17, 32, 32)
+    tensor = tok.to_video(video)                                        # (1, 3, 17, 32, 32)
     assert tensor[0, 0].min() > 0.6 and tensor[0, 1:].max() < -0.8
-    pixels = data.to_uint8(tensor)[0, 0].numpy()
+    pixels = tok.to_uint8(tensor)[0, 0].numpy()
     if suffix == "png":
         from PIL import Image
         Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -398,9 +401,9 @@ def test_red_stays_red(tmp_path, suffix):
 
 def test_to_uint8_inverts_to_video():
     frames = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(1, 2, 16, 16, 3)
-    assert torch.equal(data.to_uint8(data.to_video(frames)), frames)
-    assert data.to_video(frames).min() == -1 and data.to_video(frames).max() == 1
-    assert data.to_uint8(torch.full((1, 3, 1, 1, 1), 7.0)).unique().tolist() == [255]
+    assert torch.equal(tok.to_uint8(tok.to_video(frames)), frames)
+    assert tok.to_video(frames).min() == -1 and tok.to_video(frames).max() == 1
+    assert tok.to_uint8(torch.full((1, 3, 1, 1, 1), 7.0)).unique().tolist() == [255]
 
 
 def test_resize_is_antialiased():
@@ -477,7 +480,7 @@ def a_shard(i, n=17):
 
 def split_of(folder, n, **options):
     meta = {"num_shards": n, "hz": 10, "num_images": 17 * n}
-    data.make_split(str(folder), {"n": n}, [(i, 17) for i in range(n)], a_shard, meta,
+    shards.make_split(str(folder), {"n": n}, [(i, 17) for i in range(n)], a_shard, meta,
                     lambda i: (17 * 16 * 16 * 3, 17 * 100), progress=False, **options)
     return [int(clip["actions"][0, 0]) for clip in data.open_clips(folder)]
 
@@ -507,17 +510,31 @@ def test_shards_are_divided_among_ranks(tmp_path):
     assert not job.is_alive()
 
 
+def test_rank_0_waits_for_the_shards_of_the_others(tmp_path):
+    """metadata.json makes a folder one of data: it is written when every shard is there, whoever makes it."""
+    job = threading.Thread(target=split_of, args=(tmp_path / "train", 3), kwargs={"share": (0, 2)})
+    job.start()
+    while not (tmp_path / "train/metadata/metadata_2.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert not (tmp_path / "train/metadata.json").exists()
+    assert split_of(tmp_path / "train", 3, share=(1, 2)) == [0, 1, 2]
+    job.join(5)
+    assert not job.is_alive()
+
+
 def test_processes_end_with_their_parent(tmp_path):
     code = textwrap.dedent(f"""
         import sys; sys.path.insert(0, {MAIN!r})
-        import os, time, data
+        import os, time, numpy as np
+        from examples import shards
         def slow(i):
             os.write(1, b"%d\\n" % os.getpid())
             time.sleep(0.5)
-            return data.np.zeros((17, 16, 16, 3), data.np.uint8), data.np.zeros((17, 25)), data.np.zeros(17)
+            return np.zeros((17, 16, 16, 3), np.uint8), np.zeros((17, 25)), np.zeros(17)
         os.cpu_count = lambda: 2
         if __name__ == "__main__":
-            data.make_split({str(tmp_path / 'train')!r}, {{}}, [(i, 1) for i in range(99)], slow, {{}}, lambda i: (1, 1))""")
+            shards.make_split({str(tmp_path / 'train')!r}, {{}}, [(i, 1) for i in range(99)], slow, {{}}, lambda i: (1, 1))""")
     (tmp_path / "script.py").write_text(code)
     job = subprocess.Popen([sys.executable, tmp_path / "script.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     children = {int(job.stdout.readline()) for _ in range(2)}
@@ -777,7 +794,7 @@ def test_encode_refuses(tmp_path, fake, monkeypatch):
     assert "size = 24, not 16" in encode_message(tmp_path, fake, "--size", "16")
     assert "ask for size 16 or 24" in encode_message(tmp_path, fake, "--size", "20")
     assert "nothing.pt cannot be read" in encode_message(tmp_path, fake, tokenizer="nothing.pt")
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     shutil.rmtree(tmp_path / "out")
     assert "GB free" in encode_message(tmp_path, fake)
     monkeypatch.undo()

@@ -72,7 +72,7 @@ def standardise(actions, train):
 
 
 def clip_starts(segments, length):
-    clips = SimpleNamespace(kind="discrete", frames=length, frame_stride=1, bounds=[0, len(segments)],
+    clips = SimpleNamespace(on_grid=True, frames=length, frame_stride=1, bounds=[0, len(segments)],
                             edges=np.concatenate([[0], np.flatnonzero(np.diff(segments)) + 1, [len(segments)]]))
     clips.segment = functools.partial(data.Clips.segment, clips)
     data.Clips.find_clips(clips, length)

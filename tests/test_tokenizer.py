@@ -18,6 +18,7 @@ import torch.nn as nn
 
 import tokenizer as tok
 from examples import robot, train_tokenizer as training
+from examples.torchscript import read_torchscript
 from tokenizer import FSQ, DataError, Tokenizer, TokenizerConfig, haar, inverse_haar, load_tokenizer, patch, unpatch
 
 COSMOS = os.path.join(os.path.dirname(os.path.abspath(tok.__file__)), "..", "shared", "fixtures", "cosmos")
@@ -613,16 +614,15 @@ def test_a_start_that_does_not_fit_is_one_sentence(tmp_path, change, word):
 
 def test_tokens_of_the_shipped_tokenizer_survive_a_trip_through_video():
     """tokens -> video -> tokens: most ids come back, and nearly all digits are those of before."""
-    import data
     file = os.path.join(os.path.dirname(os.path.abspath(tok.__file__)), "weights", "tokenizer_dv_tiny.pt")
     tokenizer = load_tokenizer(file)
     video = torch.stack([torch.from_numpy(robot.robot_episode(900 + i, 17)[0]) for i in range(4)])
     with torch.no_grad():
-        ids = tokenizer.encode(data.to_video(video))
-        again = tokenizer.encode(data.to_video(data.to_uint8(tokenizer.decode(ids))))
+        ids = tokenizer.encode(tok.to_video(video))
+        again = tokenizer.encode(tok.to_video(tok.to_uint8(tokenizer.decode(ids))))
     before, after = (tokenizer.fsq.ids_to_codes(x) for x in (ids, again))
     assert (ids == again).float().mean() > 0.5 and (before == after).float().mean() > 0.85
-    decoded = data.to_uint8(tokenizer.decode(ids))
+    decoded = tok.to_uint8(tokenizer.decode(ids))
     assert tok.psnr(decoded.flatten(0, 1), video.flatten(0, 1)).mean() > 26
 
 
@@ -639,7 +639,7 @@ def test_a_module_that_holds_itself_is_read_once(tmp_path, monkeypatch):
     outer.itself, outer.child, inner.parent = outer, inner, outer
     with zipfile.ZipFile(tmp_path / "encoder.jit", "w") as z:
         z.writestr("x/data.pkl", pickle.dumps(outer, 2))
-    assert tok.read_torchscript(str(tmp_path / "encoder.jit")) == {}
+    assert read_torchscript(str(tmp_path / "encoder.jit")) == {}
 
 
 @pytest.mark.parametrize("change", [
