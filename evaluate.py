@@ -34,11 +34,9 @@ from tqdm import tqdm
 
 from blocks import VARIANTS
 from data import FRAMES, FUTURE, JOINTS, PAST, open_clips
-from examples.robot import robot_render
 from flow_hwm import interpolate, target_velocity
-from sample import (AT_ONCE, COMMANDS, MODELS, add_sampling_flags, change_actions, check_sampling_flags,
-                    commanded, continue_video, distance, follow, load_fitting, noise_of, plan, plan_by_model,
-                    plan_problem, set_dtype, spread, through, to_latents)
+from sample import (AT_ONCE, MODELS, add_sampling_flags, change_actions, check_sampling_flags, continue_video,
+                    load_fitting, noise_of, set_dtype, spread, to_latents)
 from tokenizer import (PRESETS, DataError, Tokenizer, barrier, command, count_parameters, device_of,
                        fingerprint, peak_gb, psnr, rank_and_world, to_uint8, write_whole)
 
@@ -503,77 +501,6 @@ def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
         curves[key] = scores.reshape(-1, windows, FUTURE).mean((0, 2)).tolist()
     return {"rollout": {**curves, "clips": len(chosen)}}
 
-# ---- planning: what is a dream good for? ---------------------------------------------------------
-
-PLANS = {  # a row's key: its line in the table
-    "model": "model", "still": "do nothing", "random": "a random command",
-    "oracle": "oracle: searches in the true world",  # as the model searches in its dreams
-    "oracle_tokenizer": "oracle behind the tokenizer"}  # no model of these latents should do better
-
-def plan_episode(model, tokenizer, seed, horizon=1, **settings):
-    """{row of PLANS: (centimetres, degrees) from the goal once its commands were carried out in the true
-    world}. All that search do so with the same tries."""
-    seen, (start, there) = plan_problem(seed, horizon, model.config.W * tokenizer.spatial)
-    frames, states, goal = seen
-
-    def true_last(tries):
-        return np.stack([follow(start, future, len(goal))[1] for future in commanded(tries, states)])
-
-    def true_last_through_tokenizer(tries):
-        films = []
-        for future in commanded(tries, states):
-            films.append([*frames, *robot_render(future, start, len(goal))][-FRAMES:])  # the last window
-        return through(tokenizer, np.array(films))[:, -1]
-
-    goal_through = through(tokenizer, goal[None, None])[0, 0]
-    chosen = {"model": plan_by_model(model, tokenizer, *seen, horizon, seed, **settings)[0],
-              "still": np.zeros((horizon, 2)),
-              "random": np.random.default_rng(seed).uniform(*COMMANDS, (horizon, 2)),
-              "oracle": plan(true_last, goal, horizon, seed),
-              "oracle_tokenizer": plan(true_last_through_tokenizer, goal_through, horizon, seed)}
-    errors = {}
-    for row, commands in chosen.items():
-        end, _ = follow(start, commanded(commands[None], states)[0])
-        errors[row] = np.array(distance(end, there))
-    return errors
-
-def regret(model, still, oracle, n=10_000, seed=0):
-    """Errors (episodes,) of three rows -> R = (E_model - E_oracle) / (E_still - E_oracle), E being means, and
-    its 95 % bootstrap interval over episodes (None below eight). R is 0 for a model that serves as well as
-    the true world, 1 for one that serves no better than doing nothing; None where both are the same."""
-    drawn = np.random.default_rng(seed).integers(len(model), size=(n, len(model)))
-    drawn[0] = range(len(model))
-    lost, possible = (model - oracle)[drawn].mean(1), (still - oracle)[drawn].mean(1)
-    if possible[0] == 0:
-        return None, None
-    R = lost[possible != 0] / possible[possible != 0]
-    return float(R[0]), np.percentile(R, [2.5, 97.5]).tolist() if len(model) >= 8 else None
-
-def evaluate_plans(model, tokenizer, episodes=40, horizon=1, seed=0, **settings):
-    """All numbers of planning as a dict, the keys as in --json. The episodes are divided among the ranks."""
-    rank, world = rank_and_world()
-    found = {}
-    for j in tqdm(range(rank, episodes, world), desc="planning", unit="episode", disable=rank > 0):
-        found[j] = plan_episode(model, tokenizer, seed + j, horizon, **settings)
-    table = gather(found)  # {row: (episodes, 2)}
-    out = {"episodes": episodes, "horizon": horizon, "settings": {**settings, "seed": seed}}
-    for column, quantity in enumerate(("position_cm", "heading_deg")):
-        errors = {row: table[row][:, column] for row in PLANS}
-        out[quantity] = {row: float(errors[row].mean()) for row in PLANS}
-        name = f"regret_{quantity.split('_')[0]}"
-        out[name], out[f"{name}_ci"] = regret(errors["model"], errors["still"], errors["oracle"])
-    out["success"] = {row: float((table[row].max(1) < 5).mean()) for row in PLANS}  # 5 cm and 5 degrees
-    return out
-
-def print_plans(s):
-    print(f"\n{s['episodes']} episodes, goals {FUTURE * s['horizon']} frames away; mean errors, and how "
-          f"often they were below 5 cm and 5 degrees\n{'':37}  cm degrees success")
-    for row, label in PLANS.items():
-        print_row(label, s["position_cm"][row], s["heading_deg"][row], s["success"][row])
-    print("regret, 0: as good as the true world, 1: as doing nothing; with 95 % intervals over episodes")
-    for name in ("position", "heading"):
-        print_row(f"R of {name}", s[f"regret_{name}"], s[f"regret_{name}_ci"])
-
 def sizes():
     """Parameters of the eight models at the paper preset, in billions, counted from the real modules on the
     meta device (shapes without memory). Flow includes its tokenizer, as Table 2 does."""
@@ -685,6 +612,7 @@ def run(args):
 
     # 2. The scores.
     if args.plan:
+        from examples.plan import evaluate_plans  # not above, for it takes its helpers from here
         say(f"{about} {args.episodes} episodes, {json.dumps(settings)}, seed {args.seed}")
         return out | evaluate_plans(model, tokenizer, args.episodes, args.horizon, args.seed, **settings)
     say(f"{about} {args.num} clips of {clips.path}, {json.dumps(settings)}, seed {args.seed}")
@@ -718,11 +646,18 @@ def main(argv=None):
     out = sizes() if args.sizes else run(args)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if rank_and_world()[0] == 0:
-        (print_sizes if args.sizes else print_plans if args.plan else print_scores)(out)
-        if args.json:
-            write_whole(args.json, lambda file: Path(file).write_text(json.dumps(out, indent=1)))
-            print(f"wrote {args.json}")
+    if rank_and_world()[0] > 0:
+        return
+    if args.sizes:
+        print_sizes(out)
+    elif args.plan:
+        from examples.plan import print_plans
+        print_plans(out)
+    else:
+        print_scores(out)
+    if args.json:
+        write_whole(args.json, lambda file: Path(file).write_text(json.dumps(out, indent=1)))
+        print(f"wrote {args.json}")
 
 if __name__ == "__main__":
     main()

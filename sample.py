@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 import flow_hwm
 import masked_hwm
 from blocks import cast_products, compile_blocks, faster_dtype, flow_rope, masked_rope
-from data import FUTURE, HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, read_json, synth
+from data import HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, read_json, synth
 from examples import robot
 from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world,
                        reuse_memory, to_uint8, to_video, write_whole)
@@ -459,117 +459,6 @@ def trace(model, tokenizer, clips, num=4, seed=0, **settings):
         strips.append(strip)
     return np.array(strips)
 
-# ---- planning ------------------------------------------------------------------------------------
-
-COMMANDS = np.array([(-0.25, -0.5), (0.35, 0.5)])  # least and greatest drive (m/s) and turn (radians/s)
-ROUNDS, TRIES, ELITE = 3, 24, 6  # of the cross-entropy method
-FIRST_PROBLEM = 3_000_000_000  # as a seed, it lies above those of all recordings
-
-def commanded(commands, states):
-    """Commands (n, horizon, 2) of drive and turn, each for eight frames -> the states (n, 8 horizon, 25) that
-    follow the past `states` (9, 25). As in `change_actions`, the base starts from rest and ramps to its
-    command within four frames; all other joints hold still."""
-    ramp = np.linspace(0.25, 2, FUTURE).clip(max=1)[:, None]
-    n, horizon, _ = commands.shape
-    commands = np.pad(commands, ((0, 0), (1, 0), (0, 0)))[:, :, None]  # rest comes first
-    before, now = commands[:, :-1], commands[:, 1:]
-    velocity = before + ramp * (now - before)  # (n, horizon, 8, 2)
-    future = np.tile(states[-1], (n, horizon * FUTURE, 1))
-    future[:, :, [robot.DRIVE, robot.TURN]] = velocity.reshape(n, -1, 2)
-    return future
-
-def follow(world, states, size=16):
-    """-> a copy of the true world after `states` (n, 25), and what is then seen (size, size, 3)."""
-    world = copy.deepcopy(world)
-    for state in states:
-        arms = robot.robot_step(world, state)
-    return world, robot.robot_view(world, arms, state, size)
-
-def distance(world, goal):
-    """Between the bases of two true worlds: (centimetres, degrees)."""
-    turned = math.remainder(world.pose[2] - goal.pose[2], 2 * math.pi)
-    return 100 * math.dist(world.pose[:2], goal.pose[:2]), abs(math.degrees(turned))
-
-def plan_problem(seed, horizon=1, size=64):
-    """-> what a planner sees: nine past frames, their states and the image of the goal; and what it does not
-    see: the true worlds at the start and at the goal, to which hidden commands lead. They are drawn again
-    while it lies within 5 cm and 5 degrees of the start, or where the floor has ended."""
-    rng = np.random.default_rng(FIRST_PROBLEM + seed)
-    world = robot.robot_world(rng)
-    states = robot.robot_plan(rng, world, 40)
-    before, states = states[:-PAST], states[-PAST:]
-    world, _ = follow(world, before)
-    frames = robot.robot_render(states, world, size)
-    start, _ = follow(world, states)
-    near = floor = True
-    while near or not floor:
-        hidden = rng.uniform(*COMMANDS, (1, horizon, 2))
-        there, goal = follow(start, commanded(hidden, states)[0], size)
-        near, floor = max(distance(start, there)) < 5, robot.is_free_floor(*there.pose[:2])
-    return (frames, states, goal), (start, there)
-
-def plan(imagine, goal, horizon=1, seed=0):
-    """The cross-entropy method (Rubinstein, 1999) -> the commands (horizon, 2) that lead to the image `goal`.
-    imagine: commands (n, horizon, 2) -> the last frame after each (n, H, W, 3). What shall be small is the
-    mean square of the pixels' differences. The first try is rest: it wins where all look the same."""
-    rng = np.random.default_rng(seed)
-    tries = rng.uniform(*COMMANDS, (TRIES, horizon, 2))
-    tries[0] = 0
-    tried, errors = [], []
-    for _ in range(ROUNDS):
-        difference = np.float32(imagine(tries)) - goal
-        tried.extend(tries)
-        errors.extend(np.square(difference).mean((1, 2, 3)))
-        best = np.argsort(errors, kind="stable")[:ELITE]  # of all rounds so far
-        elite = np.array(tried)[best]
-        tries = rng.normal(elite.mean(0), elite.std(0), (TRIES, horizon, 2)).clip(*COMMANDS)
-    return elite[0]
-
-def through(tokenizer, films):
-    """Films (n, F, H, W, 3) uint8 as they leave the tokenizer."""
-    films = torch.from_numpy(films).to(next(tokenizer.parameters()).device)
-    latents = tokenizer.encode(to_video(films))
-    return to_uint8(tokenizer.decode(latents).cpu()).numpy()
-
-def plan_by_model(model, tokenizer, frames, states, goal, horizon=1, seed=0, **settings):
-    """The commands (horizon, 2) by which the model dreams itself nearest to the goal, and that dream
-    (8 horizon, H, W, 3). All dreams have the same noise, so that they differ by their commands alone."""
-    past, known = to_latents(torch.from_numpy(frames), tokenizer), torch.from_numpy(states)
-
-    def imagine(commands):
-        future = torch.from_numpy(commanded(commands, states))
-        n = len(future)
-        actions = torch.cat([known.expand(n, -1, -1), future], dim=1)
-        return continue_video(model, tokenizer, past.expand(n, *past.shape[1:]), actions, horizon,
-                              noise_of([seed] * n), **settings).numpy()
-
-    goal = through(tokenizer, goal[None, None])[0, 0]
-    commands = plan(lambda tries: imagine(tries)[:, -1], goal, horizon, seed)
-    return commands, imagine(commands[None])[0]
-
-def check_built_in(saved):
-    """DataError where the true world of the checkpoint's robot is not known."""
-    if "built_in" not in saved["data"]:
-        raise DataError("--plan acts in the true world of the built-in robot, but the checkpoint was trained "
-                        f"on {saved['data'].get('path')}: give one that was trained without --data")
-
-def plan_rows(model, tokenizer, num=3, horizon=1, seed=0, **settings):
-    """`num` problems -> the rows of a picture: {"start": (num, 9, H, W, 3), "goal": .., "the plan": as it was
-    dreamt, "the truth": what came of it}."""
-    rows = {"start": [], "goal": [], "the plan": [], "the truth": []}
-    for i in range(seed, seed + num):
-        seen, (start, there) = plan_problem(i, horizon, model.config.W * tokenizer.spatial)
-        frames, states, goal = seen
-        commands, dreamt = plan_by_model(model, tokenizer, *seen, horizon, i, **settings)
-        future = commanded(commands[None], states)[0]
-        end, _ = follow(start, future)
-        print("problem {}: {:.1f} cm and {:.1f} degrees from the goal; after the plan {:.1f}, {:.1f}".format(
-            i, *distance(start, there), *distance(end, there)))
-        happened = robot.robot_render(future, start, len(goal))
-        for row, film in zip(rows.values(), (frames, goal[None], dreamt, happened)):
-            row.append(film)
-    return {row: np.stack(films) for row, films in rows.items()}
-
 # ---- pictures ------------------------------------------------------------------------------------
 
 LEAST, GAP, TOP, LEFT = 128, 4, 14, 90  # pixels: least width of a picture, gaps, labels above and beside
@@ -718,6 +607,7 @@ def load_fitting(file, args):
     settings, clips = settings_of(saved, args), None
     tokenizer = load_tokenizer_for(saved["tokenizer"], args.device, args.tokenizer)
     if args.plan:  # its problems are drawn, not recorded
+        from examples.plan import check_built_in  # not above, for it takes its dreams from here
         check_built_in(saved)
     else:
         clips = validation_clips(saved, args.data)
@@ -771,7 +661,7 @@ def main(argv=None):
         print(f"wrote {args.export}: {os.path.getsize(args.export) / 1e6:.1f} MB")
         return
     if args.play:
-        from examples.play import play  # not above, for it takes its dreams from here
+        from examples.play import play
         return play([load_player(file, args) for file in args.ckpt], args.seed, args.port)
     # 1. The model, its tokenizer and clips, and that they fit together.
     model, tokenizer, settings, clips, saved = load_fitting(ckpt, args)
@@ -792,6 +682,7 @@ def main(argv=None):
         print(f"wrote {out}/trace.png")
         return
     if args.plan:
+        from examples.plan import plan_rows
         name, hz = "plan", robot.HZ
         rows = plan_rows(model, tokenizer, args.num, args.horizon, args.seed, **settings)
     else:

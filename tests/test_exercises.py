@@ -19,6 +19,7 @@ import masked_hwm
 import sample
 import tokenizer
 import train
+from examples import plan
 
 FOLDER = pathlib.Path(__file__).parent / "exercises"
 FILES = sorted(FOLDER.glob("exercise_*.py"))
@@ -143,7 +144,7 @@ def rollout(dream, past, actions, windows):
 
 
 def regret(model, still, oracle):
-    return evaluate.regret(model, still, oracle)[0]
+    return plan.regret(model, still, oracle)[0]
 
 
 OWN = {"01": flow_hwm.interpolate, "02": flow_hwm.integrate, "03": guided, "04": temporal_attention, "05": add_residuals,

@@ -1,4 +1,4 @@
-"""Planning: the search, its problems, what the planner sees, and the numbers of evaluate.py --plan."""
+"""examples/plan.py: the search, its problems, what the planner sees, and the numbers of evaluate.py --plan."""
 import json
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -12,11 +12,11 @@ import evaluate
 import sample
 from conftest import TOY_PRESET
 from data import open_clips
-from evaluate import regret
-from examples import robot
+from examples import plan as planning, robot
+from examples.plan import COMMANDS, commanded, distance, follow, plan, plan_by_model, plan_problem, regret
 from flow_hwm import FlowConfig, FlowHWM
 from masked_hwm import MaskedConfig, MaskedHWM
-from sample import COMMANDS, change_actions, commanded, distance, follow, plan, plan_by_model, plan_problem
+from sample import change_actions
 from tokenizer import load_tokenizer
 
 SETTINGS = {"masked": dict(K=1, temperature=0.0), "flow": dict(steps=1, cfg=1.0)}
@@ -73,8 +73,8 @@ def stub_episodes(stub, monkeypatch, n, **kw):
         stub.world, _ = problem[1]
         return problem
 
-    monkeypatch.setattr(evaluate, "plan_problem", problem_of)
-    return evaluate.evaluate_plans(stub, EveryEighth(), n, **kw)
+    monkeypatch.setattr(planning, "plan_problem", problem_of)
+    return planning.evaluate_plans(stub, EveryEighth(), n, **kw)
 
 
 # ---- problems --------------------------------------------------------------------------------------------
@@ -195,8 +195,8 @@ def test_two_windows(toy):
 
 
 def test_a_model_that_knows_the_world_has_no_regret(monkeypatch):
-    monkeypatch.setattr(sample, "ROUNDS", 2)
-    monkeypatch.setattr(sample, "TRIES", 8)
+    monkeypatch.setattr(planning, "ROUNDS", 2)
+    monkeypatch.setattr(planning, "TRIES", 8)
     stub = Stub(knows=True)
     s = stub_episodes(stub, monkeypatch, 8)
     assert [s["regret_position"], s["regret_heading"]] == pytest.approx([0, 0], abs=0.05)
@@ -206,8 +206,8 @@ def test_a_model_that_knows_the_world_has_no_regret(monkeypatch):
 
 
 def test_a_blind_model_regrets_all_of_it(monkeypatch):
-    monkeypatch.setattr(sample, "ROUNDS", 1)
-    monkeypatch.setattr(sample, "TRIES", 20)
+    monkeypatch.setattr(planning, "ROUNDS", 1)
+    monkeypatch.setattr(planning, "TRIES", 20)
     s = stub_episodes(Stub(knows=False), monkeypatch, 8)
     for name in ("position", "heading"):
         low, high = s[f"regret_{name}_ci"]
@@ -243,8 +243,8 @@ def checkpoint(tmp_path, toy, built_in=True):
 
 def test_evaluate_plan_writes_its_keys(tmp_path, toy, monkeypatch, capsys):
     file = checkpoint(tmp_path, toy)
-    monkeypatch.setattr(sample, "ROUNDS", 1)
-    monkeypatch.setattr(sample, "TRIES", 6)
+    monkeypatch.setattr(planning, "ROUNDS", 1)
+    monkeypatch.setattr(planning, "TRIES", 6)
     evaluate.main(["--ckpt", file, "--plan", "--episodes", "3", "--steps", "1", "--device", "cpu",
                    "--json", f"{tmp_path}/s.json"])
     s = json.load(open(f"{tmp_path}/s.json"))
@@ -258,8 +258,8 @@ def test_evaluate_plan_writes_its_keys(tmp_path, toy, monkeypatch, capsys):
 
 
 def test_sample_plan_draws_a_gif_and_a_png(tmp_path, toy, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "ROUNDS", 1)
-    monkeypatch.setattr(sample, "TRIES", 6)
+    monkeypatch.setattr(planning, "ROUNDS", 1)
+    monkeypatch.setattr(planning, "TRIES", 6)
     sample.main(["--ckpt", checkpoint(tmp_path, toy), "--plan", "--num", "2", "--steps", "1", "--device", "cpu",
                  "--out", f"{tmp_path}/o"])
     with Image.open(f"{tmp_path}/o/plan.gif") as gif:
@@ -284,11 +284,11 @@ def test_under_torchrun_each_episode_is_planned_once(monkeypatch):
     planned = []
 
     def gather(found):
-        return {row: np.ones((4, 2)) * (row == "still") for row in evaluate.PLANS}
+        return {row: np.ones((4, 2)) * (row == "still") for row in planning.PLANS}
 
-    monkeypatch.setattr(evaluate, "plan_episode", lambda model, tokenizer, seed, horizon: planned.append(seed))
-    monkeypatch.setattr(evaluate, "gather", gather)
+    monkeypatch.setattr(planning, "plan_episode", lambda model, tokenizer, seed, horizon: planned.append(seed))
+    monkeypatch.setattr(planning, "gather", gather)
     for rank in (0, 1):
-        monkeypatch.setattr(evaluate, "rank_and_world", lambda: (rank, 2))
-        evaluate.evaluate_plans(None, None, 5, seed=10)
+        monkeypatch.setattr(planning, "rank_and_world", lambda: (rank, 2))
+        planning.evaluate_plans(None, None, 5, seed=10)
     assert sorted(planned) == [10, 11, 12, 13, 14]

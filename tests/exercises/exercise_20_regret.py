@@ -1,4 +1,4 @@
-"""Exercise 20: a mean of ratios. The project's own: evaluate.regret.
+"""Exercise 20: a mean of ratios. The project's own: regret of examples/plan.py.
 
 R = (E_model - E_oracle) / (E_still - E_oracle) says how much worse a planner does in a model's dream than in the true world (0)
 and how much better than doing nothing (1). E are mean errors over episodes. Here the ratio is taken episode by episode; one
