@@ -507,12 +507,63 @@ def test_memory_that_was_freed_is_used_again(toy, tmp_path):
     assert faults[2] - faults[1] < 1000
 
 
-def test_compiling_without_a_compiler_is_one_sentence(toy, tmp_path, monkeypatch):
-    def fail(config):
-        raise torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("No working C++ compiler found"), None)
+def without_compiler(*_):
+    raise torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("No working C++ compiler found"), None)
 
-    monkeypatch.setattr(training, "train", fail)
-    assert "--compile" in ends(training.main, *flags(toy, tmp_path, compile=True))
+
+def off_by(part):
+    """A compiler whose kernels are wrong: each block adds a little too much to what it is given."""
+    return lambda f: lambda x, *rest: x + (1 + part) * (f(x, *rest) - x)
+
+
+def without_backward(f):
+    """A compiler that gets no further than the forward pass. The last block, which is plain, has its gradient by then."""
+    def forward(x, *rest):
+        y = f(x, *rest)
+        y.register_hook(without_compiler)
+        return y
+    return forward
+
+
+@both
+@pytest.mark.parametrize("compiler, sentence", [
+    (lambda f: f, "the blocks are compiled: loss and gradient norm of the first batch ["),
+    (without_backward, "the blocks are not compiled: the compiler fails"),
+    (lambda f: without_compiler, "the blocks are not compiled: the compiler fails (BackendCompilerFailed"),
+    (off_by(0.05), "the blocks are not compiled: loss and gradient norm of the first batch [")])
+def test_compiled_blocks_are_checked_against_the_plain_ones(toy, tmp_path, monkeypatch, capsys, model, compiler, sentence):
+    """Whatever becomes of it, the run is that of plain blocks to the last bit: the check takes no step, leaves no gradient
+    and draws no number. What it found is kept."""
+    plain = run(toy, tmp_path / "plain", model, compile=False, steps=3)
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f: (calls.append(f), compiler(f))[1])
+    assert losses(run(toy, tmp_path / "run", model, compile=True, steps=3, stop_after=1)) == losses(plain)[:1]
+    assert losses(run(toy, tmp_path / "run", model, compile=True, steps=3, resume=True)) == losses(plain)
+    out, a, b = capsys.readouterr().out, read(tmp_path / "plain"), read(tmp_path / "run")
+    assert out.count(sentence) == 2 and calls
+    assert torch.equal(a["rng"], b["rng"]) and b["config"]["compile"] == ("not" not in sentence)
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+def test_sharded_blocks_that_cannot_be_compiled_end_the_run(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: without_compiler)
+    assert "--no-compile" in ends(training.main, *flags(toy, tmp_path / "run", compile=True, shard=True))
+
+
+@pytest.mark.parametrize("preset, gpu, given, expected", [("paper", True, {}, True), ("paper", False, {}, False), ("tiny", True, {}, False),
+                                                          ("paper", True, dict(compile=False), False), ("tiny", False, dict(compile=True), True),
+                                                          ("paper", True, dict(checkpoint_activations="products"), False)])
+def test_the_paper_preset_is_compiled_on_a_gpu(toy, monkeypatch, preset, gpu, given, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    c = config(toy, "x", preset=preset, batch=16, **given)
+    training.settle(c, lambda *_: None)
+    assert c.compile is expected
+    c = parse_flags("--no-compile")
+    assert c.compile is False and parse_flags().compile is None and parse_flags("--compile").compile is True
+
+
+def parse_flags(*given):
+    return training.parse(["--model", "flow", "--variant", "full", *given])
 
 
 @pytest.mark.parametrize("name, value", [("accum", 2), ("log_every", 5), ("workers", 0), ("save_every", 1)])
