@@ -32,12 +32,12 @@ from torch.utils._pytree import tree_map_only
 
 import flow_hwm
 import masked_hwm
-from blocks import compile_blocks
+from blocks import compile_blocks, plain_blocks
 from data import (FUTURE, HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, read_json, split_folders,
                   synth)
 from examples import robot
 from tokenizer import (DataError, barrier, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world,
-                       reuse_memory, to_uint8, to_video, write_whole)
+                       reuse_memory, sum_over_processes, to_uint8, to_video, write_whole)
 
 MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 
@@ -194,7 +194,7 @@ def export(saved, file):
     small["ema"] = {name: t.half() if t.ndim > 1 else t for name, t in saved["ema"].items()}
     write_whole(file, lambda temporary: torch.save(small, temporary))
 
-# ---- the number type -----------------------------------------------------------------------------
+# ---- the number type, the compiler ---------------------------------------------------------------
 
 def cast_products(module):
     """Weights of Linear in bfloat16, for good: autocast casts those of a frozen model at every call."""
@@ -246,6 +246,13 @@ def faster_dtype(block, x, *rest, training=True):
         seconds[name] = min(seconds[name], time.perf_counter() - start)
     return min(seconds, key=seconds.get)
 
+def faster_on(device, model, batch, training=True):
+    """The number type in which a block of the model is faster on a device, with a batch as `forward` takes
+    it. The model itself may still be on the CPU."""
+    block = copy.deepcopy(model.blocks[0]).to(device)
+    inputs = to_device(first_inputs(model, batch), device)
+    return from_rank_0(faster_dtype(block, *inputs, training=training))
+
 def in_bfloat16(model, tokenizer):
     """Makes the model sample and the tokenizer decode in bfloat16, by weights that are cast once, here. What
     the model's layers add up stays in float32, and so does encoding, where rounding would change ids."""
@@ -260,13 +267,36 @@ def set_dtype(model, tokenizer, args, at_once=AT_ONCE):
     block of the model is faster for `at_once` clips."""
     dtype = args.dtype
     if dtype == "auto":
-        inputs = first_inputs(model, model.example(at_once))
-        dtype = from_rank_0(faster_dtype(model.blocks[0], *inputs, training=False))
+        dtype = faster_on(args.device, model, model.example(at_once), training=False)
     if dtype == "bfloat16":
         in_bfloat16(model, tokenizer)
     if args.compile:
         compile_blocks(model)
     return dtype
+
+ROUNDING = {"float32": 1e-3, "bfloat16": 1e-2}  # relative difference; that of wrong kernels was larger
+
+def compile_checked(model, loss_and_norm, dtype, say):
+    """Compiles the blocks of a model in training -> True, if its loss and gradient norm stay as they are.
+    Else the blocks stay plain. why: compilers have made wrong kernels of them, and said nothing. Every
+    process must call this: what one of them cannot use, none does."""
+    plain = loss_and_norm()
+    compile_blocks(model)
+    try:
+        compiled = loss_and_norm()
+        differs = not torch.allclose(compiled, plain, rtol=ROUNDING[dtype])
+        about = "loss and gradient norm of the first batch "
+        about += f"{compiled.tolist()}, of plain blocks {plain.tolist()}"
+    except RuntimeError as e:
+        differs, about = True, f"the compiler fails ({e!r:.150})"
+        if hasattr(model, "reshard"):  # with --shard pieces are in disorder now, and other processes may wait
+            raise DataError(f"--compile cannot be used here, {about}: give --no-compile") from None
+    failed = torch.tensor(float(differs), device=next(model.parameters()).device)
+    sum_over_processes(failed)
+    if failed:
+        plain_blocks(model)
+    say(f"the blocks are {'not ' if failed else ''}compiled: {about}")
+    return not failed
 
 # ---- what a checkpoint needs beside it: its tokenizer, and data that fits ------------------------
 

@@ -7,13 +7,11 @@
 In come clips: video as ids (T, H, W) or latents (C, T, H, W), and actions (17, A), one per frame. Into the
 folder OUT go ckpt.pt, ckpt_best.pt (lowest validation loss), log.jsonl, loss.png and samples/*.gif.
 
-Everything random is a function of the seed and a position: position p = step * batch + i names one clip and
-all noise in its loss. So a run is the same however its batch is divided among processes and micro-batches,
-and to resume at step n is to read on at position n * batch.
+Everything random is a function of the seed and a position p = step * batch + i, which names a clip and all
+noise in its loss. So a run is the same however its batch is divided, and resuming reads on at n * batch.
 """
 import argparse
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -29,9 +27,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from blocks import VARIANTS, compile_blocks, count_flops, distribute, knob, plain_blocks
+from blocks import VARIANTS, count_flops, distribute, knob
 from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare_data, split_folders
-from sample import (MODELS, describe, faster_dtype, first_inputs, last_checkpoint, restore, save_best,
+from sample import (MODELS, compile_checked, describe, faster_on, last_checkpoint, restore, save_best,
                     save_checkpoint, show, spread, to_device)
 from tokenizer import (Writer, command, count_parameters, device_of, from_rank_0, ignore_signals,
                        join_processes, peak_gb, rank_and_world, remembered_signals, reuse_memory,
@@ -177,7 +175,7 @@ def train(config):
     batches = micro_batches(stream, config, saved["step"] if saved else 0, device)
     batch = next(batches)
     if config.dtype == "auto":  # why that of before: other types give other losses
-        config.dtype = saved["config"]["dtype"] if saved else faster_on(batch, model, device)
+        config.dtype = saved["config"]["dtype"] if saved else faster_on(device, model, batch)
     autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
 
     # 6. The model as this process trains it, the optimiser, and the running average of the weights.
@@ -193,7 +191,7 @@ def train(config):
     if saved:
         check_resumed(config, saved, about, say)
     if config.compile:
-        config.compile = compile_checked(config, model, runner, batch, autocast, say)
+        config.compile = compile_right(config, model, runner, batch, autocast, say)
     del saved
 
     # 7. Validation, the log, and the step to end with.
@@ -261,17 +259,8 @@ def train(config):
     log.conclude(config, step, file, say)
     dist.destroy_process_group()
 
-def faster_on(batch, model, device):
-    """The number type in which the first block trains faster on a batch. The model is still on the CPU."""
-    block = copy.deepcopy(model.blocks[0]).to(device)
-    inputs = to_device(first_inputs(model, batch), device)
-    return from_rank_0(faster_dtype(block, *inputs))
-
-SAME = {"float32": 1e-3, "bfloat16": 1e-2}  # relative difference by rounding; wrong kernels had more
-
-def compile_checked(config, model, runner, batch, autocast, say):
-    """Compiles the blocks -> True, if that leaves loss and gradient of the first batch as they are. Else the
-    blocks stay plain. why: compilers have made wrong kernels of these blocks, and said nothing."""
+def compile_right(config, model, runner, batch, autocast, say):
+    """Compiles the blocks -> True, if loss and gradient of the first batch stay as they are."""
     def loss_and_norm():
         model.zero_grad(set_to_none=True)
         with autocast:
@@ -280,24 +269,9 @@ def compile_checked(config, model, runner, batch, autocast, say):
         return torch.tensor([loss.item(), clip_gradient(model.parameters(), config.grad_clip)])
 
     average_gradients(runner, config, config.shard)  # DDP need not, so that each process can fail by itself
-    plain = loss_and_norm()
-    compile_blocks(model)
-    try:
-        compiled = loss_and_norm()
-        differs = not torch.allclose(compiled, plain, rtol=SAME[config.dtype])
-        about = "loss and gradient norm of the first batch "
-        about += f"{compiled.tolist()}, of plain blocks {plain.tolist()}"
-    except RuntimeError as e:
-        differs, about = True, f"the compiler fails ({e!r:.150})"
-        if config.shard:  # the pieces are in disorder, and other processes may wait for this one
-            raise DataError(f"--compile cannot be used here, {about}: give --no-compile") from None
+    is_right = compile_checked(model, loss_and_norm, config.dtype, say)
     model.zero_grad(set_to_none=True)
-    failed = torch.tensor(float(differs), device=batch[1].device)
-    sum_over_processes(failed)  # what one process cannot use, none does
-    if failed:
-        plain_blocks(model)
-    say(f"the blocks are {'not ' if failed else ''}compiled: {about}")
-    return not failed
+    return is_right
 
 def average_gradients(runner, config, yes):
     """Whether the next backward pass averages gradients over processes."""
@@ -328,8 +302,7 @@ def is_due(every, step, last):
 # ---- validation ----------------------------------------------------------------------------------
 
 class Validation:
-    """The loss of a few clips that are not trained on, always under the same noise and by the averaged
-    weights, so that steps can be compared. It touches nothing on which training depends."""
+    """The loss of a few clips that are not trained on, by the averaged weights, always under one noise."""
 
     def __init__(self, config, model, folder, trained_on, device, say):
         self.model, self.batches = model, []
@@ -494,8 +467,7 @@ def open_run_folder(config, say):
     return lock
 
 def hold(folder):
-    """Locks FOLDER/lock, which says who holds it, until the file returned is closed. The lock vanishes with
-    the process, however that ends, and processes that read clips do not inherit it."""
+    """Locks FOLDER/lock, which says who holds it, until the file returned is closed or this process ends."""
     os.makedirs(folder, exist_ok=True)
     try:
         import fcntl
@@ -523,8 +495,7 @@ def check_resumed(config, saved, about, say):
         raise DataError(f"--stop_after {config.stop_after}: the run in {config.out} is at {step} already")
     say(f"resuming {config.out}/ckpt.pt at step {step}")
     if config.steps > steps:
-        say(f"prolonged from {steps} to {config.steps} steps: the {config.decay} schedule is now over all of "
-            f"them, and the rate goes on at {learning_rate(config, step):.3g}")
+        say(f"prolonged from {steps} to {config.steps} steps: the {config.decay} schedule covers them all")
 
 class Log:
     """OUT/log.jsonl, by rank 0, and the progress bar. A line tells of the steps since the line before it."""
