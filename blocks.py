@@ -13,11 +13,9 @@ MaskedBlock is Figure 2 and FlowBlock is Figure 3. A model reads v_f alone after
 
 `python blocks.py` prints which streams share weights, what a layer weighs, and the shapes inside a layer.
 """
-import copy
 import functools
 import inspect
 import math
-import time
 from dataclasses import field, fields
 from typing import NamedTuple
 
@@ -82,10 +80,10 @@ class Layout(NamedTuple):
     def positions(self):
         """(N, 3) time in video frames, row and column of every token. Video and actions share one clock:
         latent i ends with frame temporal * i, action j belongs to frame j. Actions get row 0 and column 0."""
-        t, h, w = (torch.arange(n).float() for n in (self.T, self.H, self.W))
+        t, h, w = (torch.arange(n) for n in (self.T, self.H, self.W))
         video = torch.cartesian_prod(t * self.temporal, h, w)
-        frames, zero = torch.arange(sum(self.lengths[2:])).float(), torch.zeros(1)
-        return torch.cat([video, torch.cartesian_prod(frames, zero, zero)])
+        frames, zero = torch.arange(sum(self.lengths[2:])), torch.arange(1)
+        return torch.cat([video, torch.cartesian_prod(frames, zero, zero)]).float()
 
 def per_set(functions, x, sharing, lengths):
     """Each weight set has a function; it is applied to the slice of tokens that the set serves. x (B, N, D)
@@ -111,8 +109,8 @@ def rope_table(positions, dims, theta=10000.0):
 def rotate(x, rope):
     """x (..., N, d) rotated by rope (2, N, R / 2). Dimension i pairs with i + R / 2; those from R on stay."""
     cos, sin = rope.to(x.dtype)
-    n, d = cos.shape[1], x.shape[-1]
-    a, b, rest = x.split([n, n, d - 2 * n], dim=-1)
+    n = cos.shape[1]
+    a, b, rest = x.tensor_split([n, 2 * n], dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 def axis_dims(d):
@@ -131,7 +129,8 @@ def masked_rope(layout, d, device):
     """Masked-HWM has two tables: of row and column for spatial attention, (2, S, d / 2), and of time for
     temporal attention, (2, N, d / 2)."""
     time, row_and_column = layout.positions().split([1, 2], dim=1)
-    space = rope_table(row_and_column[: layout.S], (d // 2, d // 2))
+    half = d // 2
+    space = rope_table(row_and_column[: layout.S], (half, half))
     return space.to(device), rope_table(time, (d,)).to(device)
 
 # ---- parts of both blocks ------------------------------------------------------------------------
@@ -260,8 +259,7 @@ class MaskedBlock(nn.Module):
         q, k, v = self.temporal.project(self.norm_t(x), rope_time)
         (q, q_a), (k, k_a), (v, v_a) = (y.split(sizes, dim=2) for y in (q, k, v))
         if self.last:
-            # The model reads v_f alone after this layer, so v_f alone attends, and the other streams end
-            # here.
+            # The model reads v_f alone after this layer, so v_f alone attends; other streams end here.
             x, q, q_a = x[:, layout.future], q[:, :, layout.future], q_a[:, :, :0]
             lengths = (0, n_vf, 0, 0)
         y = temporal_attention(q, k, v, k_a, v_a, layout.S)
@@ -454,14 +452,21 @@ def run_block(block, stored, x, *args):
     store_products = functools.partial(create_selective_checkpoint_contexts, products)
     return checkpoint(block, x, *args, use_reentrant=False, context_fn=store_products)
 
+COMPILED = ("forward", "update_context", "update_future")  # the sampler of masked split calls the latter two
+
 def compile_blocks(model):
     """Compiles block by block: they are alike, so the compiler's work is done once. The last one differs, and
     torch 2.13 compiles its gradient wrongly on CPUs (masked: several percent off), so it stays as it is."""
     for block in model.blocks[:-1]:
-        block.compile()
-        if hasattr(block, "update_context"):  # the sampler of masked split calls these two, not the block
-            block.update_context = torch.compile(block.update_context)
-            block.update_future = torch.compile(block.update_future)
+        for name in COMPILED:
+            if hasattr(block, name):
+                setattr(block, name, torch.compile(getattr(block, name)))
+
+def plain_blocks(model):
+    """Undoes `compile_blocks`."""
+    for block in model.blocks:
+        for name in COMPILED:
+            vars(block).pop(name, None)  # its class has the plain one
 
 def distribute(model, shard, device):
     """The model as it is trained: whole on every process (DDP), or if `shard` in pieces (FSDP2)."""
@@ -478,35 +483,6 @@ def distribute(model, shard, device):
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{sync: False})
-
-def cast_products(module):
-    """Weights of Linear in bfloat16, for good: autocast casts those of a frozen model at every call."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            part.bfloat16()
-
-def faster_dtype(block, x, *rest, training=True):
-    """The number type in which a block of the model is faster on real inputs, forward and back; for sampling
-    forward alone, with weights that are cast once."""
-    if x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        print("this GPU computes no bfloat16: float32 is taken")
-        return "float32"
-    blocks = {"float32": block, "bfloat16": block}
-    if not training:
-        blocks["bfloat16"] = copy.deepcopy(block)
-        cast_products(blocks["bfloat16"])
-    seconds = {"float32": math.inf, "bfloat16": math.inf}
-    for name in [*seconds] * 4:  # in turn, for a machine may be busy for a while; the first two warm up
-        start = time.perf_counter()
-        autocast = torch.autocast(x.device.type, getattr(torch, name), enabled=name != "float32")
-        with autocast, torch.set_grad_enabled(training):
-            y = blocks[name](x.detach().requires_grad_(training), *rest)
-        if training:
-            y.float().sum().backward()
-        if x.device.type != "cpu":
-            torch.accelerator.synchronize()
-        seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return min(seconds, key=seconds.get)
 
 def count_flops(f):
     """Operations of the matrix products and attentions of f(), run as it is written and without gradients."""
@@ -561,18 +537,19 @@ class AtPlace(nn.Module):
 
     def __init__(self, action_dim, D, temporal, reach=2, look=3, ranks=(32, 12)):
         super().__init__()
-        self.norm, self.temporal, self.look = nn.LayerNorm(D), temporal, look
+        self.norm, self.temporal = nn.LayerNorm(D), temporal
+        self.size = size = 2 * look + 1  # rows and columns that a position's kernel covers
         self.n_head = n_head = math.gcd(8, D)
         self.around = nn.Conv2d(D, D, 2 * reach + 1, padding=reach)
         self.actions, self.out = nn.Linear(temporal * action_dim, 2 * D), nn.Linear(D, D)
         # The filter: a few numbers of the actions and of the position, their products, and a kernel of these.
         done, here = ranks
         self.done, self.here = nn.Linear(temporal * action_dim, done), nn.Linear(D, here)
-        self.kernel = nn.Linear((done + 1) * (here + 1), n_head * (2 * look + 1) ** 2)
+        self.kernel = nn.Linear((done + 1) * (here + 1), n_head * size**2)
         self.value, self.moved = nn.Linear(D, D), nn.Linear(D, D)
         # A kernel starts as a soft spot around the position itself.
-        offset = torch.arange(2 * look + 1) - look
-        distance = (offset[:, None] ** 2 + offset**2).float()
+        offset = torch.arange(size) - look
+        distance = offset[:, None] ** 2 + offset**2
         self.kernel.bias.data = (-distance / 2).flatten().repeat(n_head)
 
     def forward(self, p, a_f, layout):
@@ -594,28 +571,10 @@ class AtPlace(nn.Module):
         products = torch.einsum("b t o i, b s j -> b t s i j", done, here).flatten(3)
         kernel = self.kernel(products).unflatten(3, (self.n_head, -1)).softmax(dim=4)
         values = rearrange(self.value(p), "b (h w) d -> b d h w", h=layout.H)
-        near = F.unfold(values, 2 * self.look + 1, padding=self.look)  # (B, D * 49, S), zeros beyond the edge
+        near = F.unfold(values, self.size, padding=self.size // 2)  # (B, D * 49, S), zeros beyond the edge
         near = rearrange(near, "b (h d n) s -> b 1 s h n d", h=self.n_head, n=kernel.shape[4])
         means = kernel[..., None, :] @ near  # (B, T_f, S, h, 1, D / h)
         return self.moved(means.flatten(3))
-
-class DigitTable(nn.Module):
-    """An id of FSQ is a number with one digit for each channel of the code, and ids that agree in a digit
-    look alike. Here every value of every digit has a vector, and an id gets the sum of the vectors of its
-    digits: 27 rows say at once what a table with a row for each of 4,375 ids has to learn from many clips."""
-
-    def __init__(self, levels, D):
-        super().__init__()
-        ids, basis, one_hots = torch.arange(math.prod(levels)), 1, []
-        for n in levels:  # the first digit counts fastest
-            one_hots.append(F.one_hot(ids // basis % n, n).float())
-            basis *= n
-        self.register_buffer("digits", torch.cat(one_hots, dim=1), persistent=False)  # (vocab, sum(levels))
-        self.weight = nn.Parameter(torch.empty(sum(levels), D))
-
-    def forward(self):
-        """-> (vocab, D)"""
-        return self.digits @ self.weight
 
 # ---- a walk --------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ from flow_hwm import interpolate, target_velocity
 from sample import (AT_ONCE, MODELS, add_sampling_flags, change_actions, check_sampling_flags, continue_video,
                     load_fitting, noise_of, set_dtype, spread, to_latents)
 from tokenizer import (PRESETS, DataError, Tokenizer, barrier, command, count_parameters, device_of,
-                       fingerprint, peak_gb, psnr, rank_and_world, to_uint8, write_whole)
+                       fingerprint, peak_gb, psnr, rank_and_world, to_uint8, to_video, write_whole)
 
 PAPER_SIZES = {  # billions, Tables 1 and 2
     "masked": {"split": 0.220, "base": 0.321, "modality": 0.237, "full": 0.195},
@@ -318,11 +318,13 @@ def actions_told(model, clips, actions, another, groups):
 def through_windows(model, tokenizer, clip):
     """A clip of nine frames and n windows of eight -> ({name: frames (8 n, H, W, 3)} of what its dreams are
     compared with; the latents of each window (n, [C,] T, H, W), as they went through the tokenizer)."""
-    video, windows = clip["video"], [clip["video"]]
+    video, device = clip["video"], next(tokenizer.parameters()).device
     is_raw = video.dtype == torch.uint8
     if is_raw:  # with each window the nine frames before it
         windows = video.unfold(0, FRAMES, FUTURE).permute(0, 4, 1, 2, 3)  # (n, 17, H, W, 3)
-    z = torch.cat([to_latents(window, tokenizer) for window in windows])
+        z = tokenizer.encode(to_video(windows.to(device)))
+    else:
+        z = video[None].to(device)
     decoded = to_uint8(tokenizer.decode(z).cpu())  # (n, 17, H, W, 3)
     target = decoded[:, PAST:].flatten(0, 1)
     shown = {"target": target, "copy_last": decoded[0, PAST - 1].expand_as(target)}
@@ -605,7 +607,7 @@ def run(args):
         net.to(args.device)
     if rank == 0:
         barrier()
-    dtype, config = set_dtype(model, args), saved["config"]
+    dtype, config = set_dtype(model, tokenizer, args), saved["config"]
     out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
            "device": args.device, "dtype": dtype}
     about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device} in {dtype}:"

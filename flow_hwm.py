@@ -111,6 +111,8 @@ def time_embedding(t, width):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 class FlowHWM(nn.Module):
+    network = "velocity"  # the method with the products, for sample.in_bfloat16
+
     def __init__(self, config):
         super().__init__()
         self.config, c = config, config
@@ -205,6 +207,14 @@ class FlowHWM(nn.Module):
         kept = torch.rand((), generator=generator) >= c.p_drop
         return {"t": t, "X_0": X_0, "kept": kept}
 
+    def example(self, n):
+        """n random clips, shaped like real ones -> what `forward` takes: latents, actions, draws"""
+        c, layout = self.config, self.layout
+        latents = torch.randn(n, c.channels, layout.T, c.H, c.W)
+        actions = torch.randn(n, sum(layout.lengths[2:]), c.action_dim)
+        generators = [torch.Generator().manual_seed(i) for i in range(n)]
+        return latents, actions, default_collate([self.draw(generator) for generator in generators])
+
     def forward(self, latents, actions, draws):
         """Eq. 3: the mean of || u(X_t, P, t) - V_t ||^2. latents (B, C, T, H, W) from the tokenizer, actions
         (B, F, A) as recorded -> (sum of the clips' errors, number of clips), for the caller to divide"""
@@ -263,10 +273,9 @@ Model, Config = FlowHWM, FlowConfig
 def main():
     torch.manual_seed(0)
     model = FlowHWM(FlowConfig(n_layer=2, n_head=4, width=64, hidden=256, H=8, W=8))
-    latents, actions = torch.randn(2, 16, 3, 8, 8), torch.randn(2, 17, 25)
+    latents, actions, draws = model.example(2)
     show("latents of two clips, 2 past + 1 future latent frames", latents)
     show("actions, 9 past + 8 future ones", actions)
-    draws = default_collate([model.draw(torch.Generator().manual_seed(i)) for i in range(2)])
     X_0, t, (v_p, X_1) = draws["X_0"], draws["t"], latents.split([2, 1], dim=2)
     X_t = interpolate(X_0, X_1, t, sigma_min=1e-4)
     show(f"X_t between noise and data (Eq. 1), at t = {t[0]:.2f} and {t[1]:.2f}", X_t)

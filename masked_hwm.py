@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-from blocks import (VARIANTS, AtPlace, DigitTable, Layout, MaskedBlock, Standardise, check_knobs, initialize,
-                    knob, layer_variants, masked_rope, run_block, show)
+from blocks import (VARIANTS, AtPlace, Layout, MaskedBlock, Standardise, check_knobs, initialize, knob,
+                    layer_variants, masked_rope, run_block, show)
 from tokenizer import FSQ, DataError
 
 KIND = "discrete"  # the latents that this model dreams
@@ -42,7 +42,7 @@ class MaskedConfig:
     action_dim: int = knob(25, "numbers in an action, A")
     rho_max: float = knob(0.2, "highest rate at which training replaces ids by random ones")
     at_place: bool = knob(False, "blocks.AtPlace for future tokens")
-    share_digits: bool = knob(False, "ids share vectors of their digits (blocks.DigitTable)")
+    share_digits: bool = knob(False, "ids share vectors of their digits (DigitTable)")
     levels: tuple = knob((), "levels of the tokenizer's FSQ, for share_digits")
     checkpoint_activations: str = knob("", "what a block stores for its backward pass (blocks.run_block)",
                                        choices=("products", "inputs"))
@@ -142,9 +142,31 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         return *[grad * g for g in ctx.saved_tensors], None, None
 
+# ---- not in the paper: what helps small models ---------------------------------------------------
+
+class DigitTable(nn.Module):
+    """An id of FSQ is a number with one digit for each channel of the code, and ids that agree in a digit
+    look alike. Here every value of every digit has a vector, and an id gets the sum of the vectors of its
+    digits: 27 rows say at once what a table with a row for each of 4,375 ids has to learn from many clips."""
+
+    def __init__(self, levels, D):
+        super().__init__()
+        ids, basis, one_hots = torch.arange(math.prod(levels)), 1, []
+        for n in levels:  # the first digit counts fastest
+            one_hots.append(F.one_hot(ids // basis % n, n).float())
+            basis *= n
+        self.register_buffer("digits", torch.cat(one_hots, dim=1), persistent=False)  # (vocab, sum(levels))
+        self.weight = nn.Parameter(torch.empty(sum(levels), D))
+
+    def forward(self):
+        """-> (vocab, D)"""
+        return self.digits @ self.weight
+
 # ---- the model -----------------------------------------------------------------------------------
 
 class MaskedHWM(nn.Module):
+    network = "logits"  # the method with the products, for sample.in_bfloat16
+
     def __init__(self, config):
         super().__init__()
         self.config, c = config, config
@@ -245,6 +267,14 @@ class MaskedHWM(nn.Module):
         u_mask = torch.rand(c.T_f, c.H, c.W, generator=generator)
         return {"rho": rho, "u_noise": u_noise, "random_ids": random_ids, "r": r, "u_mask": u_mask}
 
+    def example(self, n):
+        """n random clips, shaped like real ones -> what `forward` takes: L, actions, draws"""
+        c, layout = self.config, self.layout
+        L = torch.randint(c.vocab_size, (n, layout.T, c.H, c.W))
+        actions = torch.randn(n, sum(layout.lengths[2:]), c.action_dim)
+        generators = [torch.Generator().manual_seed(i) for i in range(n)]
+        return L, actions, default_collate([self.draw(generator) for generator in generators])
+
     def corrupt(self, L, draws):
         """Sec. 2.2: ids everywhere become random ones at a rate rho ~ U(0, rho_max), as in Copilot-4D; then
         ids of each future frame are hidden at the rate gamma(r), r ~ U(0, 1). -> noisy ids, M"""
@@ -320,10 +350,9 @@ Model, Config = MaskedHWM, MaskedConfig
 def main():
     torch.manual_seed(0)
     model = MaskedHWM(MaskedConfig(n_layer=2, n_head=4, width=64, hidden=256, vocab_size=512, H=8, W=8))
-    L, actions = torch.randint(512, (2, 3, 8, 8)), torch.randn(2, 17, 25)
+    L, actions, draws = model.example(2)
     show("ids L of two clips, 2 past + 1 future latent frames", L)
     show("actions, 9 past + 8 future ones", actions)
-    draws = default_collate([model.draw(torch.Generator().manual_seed(i)) for i in range(2)])
     L_noisy, M = model.corrupt(L, draws)
     show("ids replaced by random ones (Sec. 2.2)", f"{(L_noisy != L).sum()} of {L.numel()}")
     show("mask M over the future", M)

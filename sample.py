@@ -18,22 +18,25 @@ import json
 import math
 import os
 import re
+import time
 import zipfile
 from dataclasses import asdict
 from glob import escape, glob
 
 import numpy as np
 import torch
+import torch.nn as nn
 from einops import rearrange
 from PIL import Image, ImageDraw
+from torch.utils._pytree import tree_map_only
 
 import flow_hwm
 import masked_hwm
-from blocks import cast_products, compile_blocks, faster_dtype, flow_rope, masked_rope
-from data import HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, read_json, synth
+from blocks import compile_blocks, plain_blocks
+from data import HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, read_json, split_folders, synth
 from examples import robot
-from tokenizer import (DataError, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world,
-                       reuse_memory, to_uint8, to_video, write_whole)
+from tokenizer import (DataError, barrier, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world,
+                       reuse_memory, sum_over_processes, to_uint8, to_video, write_whole)
 
 MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 
@@ -184,37 +187,115 @@ def load_model(file, device="cpu", weights="ema"):
     reuse_memory()
     return model.to(device).eval().requires_grad_(False), saved
 
-def in_bfloat16(model):
-    """Makes the model sample in bfloat16: weights of products are cast once, here. What its layers add up
-    stays in float32, and so does the tokenizer."""
-    network = "logits" if hasattr(model, "logits") else "velocity"
-    cast_products(model)
-    autocast = torch.autocast(model.standardise_actions.mean.device.type, torch.bfloat16)
-    setattr(model, network, autocast(getattr(model, network)))
-
-def set_dtype(model, args, at_once=AT_ONCE):
-    """Makes the model sample as --dtype and --compile ask -> the name of the type. auto is the type in which
-    a block of the model is faster for `at_once` clips."""
-    c, layout, dtype = model.config, model.layout, args.dtype
-    if dtype == "auto":
-        x = torch.randn(at_once, sum(layout.lengths), c.width, device=args.device)
-        if hasattr(model, "logits"):
-            rest = layout, masked_rope(layout, c.width // c.n_head, x.device)
-        else:
-            time = torch.randn(1, c.time_width, device=args.device)
-            rest = time, layout, flow_rope(layout, c.width // c.n_head, x.device)
-        dtype = from_rank_0(faster_dtype(model.blocks[0], x, *rest, training=False))
-    if dtype == "bfloat16":
-        in_bfloat16(model)
-    if args.compile:
-        compile_blocks(model)
-    return dtype
-
 def export(saved, file):
     """Write what sampling and scoring need, with matrices in half precision: the form of weights/."""
     small = {part: saved[part] for part in PARTS}
     small["ema"] = {name: t.half() if t.ndim > 1 else t for name, t in saved["ema"].items()}
     write_whole(file, lambda temporary: torch.save(small, temporary))
+
+# ---- the number type, the compiler ---------------------------------------------------------------
+
+def cast_products(module):
+    """Weights of Linear in bfloat16, for good: autocast casts those of a frozen model at every call."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.bfloat16()
+
+def to_device(batch, device):
+    """The same tensors on a device, in the same containers."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
+
+class Enough(Exception):
+    """Ends a call of a model that is made for the inputs of its first block."""
+
+@torch.no_grad()
+def first_inputs(model, batch):
+    """What the model's first block is given when the model is given a batch (video, actions, draws)."""
+    def stop(_, inputs):
+        raise Enough(*inputs)
+
+    hook = model.blocks[0].register_forward_pre_hook(stop)
+    try:
+        model(*to_device(batch, next(model.parameters()).device))
+    except Enough as found:
+        return found.args
+    finally:
+        hook.remove()
+
+def faster_dtype(block, x, *rest, training=True):
+    """The number type in which a block of the model is faster on real inputs, forward and back; for sampling
+    forward alone, with weights that are cast once."""
+    if x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print("this GPU computes no bfloat16: float32 is taken")
+        return "float32"
+    blocks = {"float32": block, "bfloat16": block}
+    if not training:
+        blocks["bfloat16"] = copy.deepcopy(block)
+        cast_products(blocks["bfloat16"])
+    seconds = {"float32": math.inf, "bfloat16": math.inf}
+    for name in [*seconds] * 4:  # in turn, for a machine may be busy for a while; the first two warm up
+        start = time.perf_counter()
+        autocast = torch.autocast(x.device.type, getattr(torch, name), enabled=name != "float32")
+        with autocast, torch.set_grad_enabled(training):
+            y = blocks[name](x.detach().requires_grad_(training), *rest)
+        if training:
+            y.float().sum().backward()
+        if x.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return min(seconds, key=seconds.get)
+
+def faster_on(device, model, batch, training=True):
+    """The number type in which a block of the model is faster on a device, with a batch as `forward` takes
+    it. The model itself may still be on the CPU."""
+    block = copy.deepcopy(model.blocks[0]).to(device)
+    inputs = to_device(first_inputs(model, batch), device)
+    return from_rank_0(faster_dtype(block, *inputs, training=training))
+
+def in_bfloat16(model, tokenizer):
+    """Makes the model sample and the tokenizer decode in bfloat16, by weights that are cast once, here. What
+    the model's layers add up stays in float32, and so does encoding, where rounding would change ids."""
+    tokenizer.decode = copy.deepcopy(tokenizer).bfloat16().decode
+    cast_products(model)
+    autocast = torch.autocast(model.standardise_actions.mean.device.type, torch.bfloat16)
+    network = getattr(model, model.network)
+    setattr(model, model.network, autocast(network))
+
+def set_dtype(model, tokenizer, args, at_once=AT_ONCE):
+    """Makes both compute as --dtype and --compile ask -> the name of the type. auto is the type in which a
+    block of the model is faster for `at_once` clips."""
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = faster_on(args.device, model, model.example(at_once), training=False)
+    if dtype == "bfloat16":
+        in_bfloat16(model, tokenizer)
+    if args.compile:
+        compile_blocks(model)
+    return dtype
+
+ROUNDING = {"float32": 1e-3, "bfloat16": 1e-2}  # relative difference; that of wrong kernels was larger
+
+def compile_checked(model, loss_and_norm, dtype, say):
+    """Compiles the blocks of a model in training -> True, if its loss and gradient norm stay as they are.
+    Else the blocks stay plain. why: compilers have made wrong kernels of them, and said nothing. Every
+    process must call this: what one of them cannot use, none does."""
+    plain = loss_and_norm()
+    compile_blocks(model)
+    try:
+        compiled = loss_and_norm()
+        differs = not torch.allclose(compiled, plain, rtol=ROUNDING[dtype])
+        about = "loss and gradient norm of the first batch "
+        about += f"{compiled.tolist()}, of plain blocks {plain.tolist()}"
+    except RuntimeError as e:
+        differs, about = True, f"the compiler fails ({e!r:.150})"
+        if hasattr(model, "reshard"):  # with --shard pieces are in disorder now, and other processes may wait
+            raise DataError(f"--compile cannot be used here, {about}: give --no-compile") from None
+    failed = torch.tensor(float(differs), device=next(model.parameters()).device)
+    sum_over_processes(failed)
+    if failed:
+        plain_blocks(model)
+    say(f"the blocks are {'not ' if failed else ''}compiled: {about}")
+    return not failed
 
 # ---- what a checkpoint needs beside it: its tokenizer, and data that fits ------------------------
 
@@ -556,6 +637,26 @@ def save_curve(folder):
         draw.text((left, 432), os.path.basename(file), fill="black")
     write_whole(f"{folder}/loss.png", lambda temporary: canvas.save(temporary, format="PNG"))
 
+def show(config, about, ema, step, device):
+    """Of a run that is being trained: OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four
+    validation clips. The rest is as in `save_checkpoint`."""
+    weights, module, folder = whole(ema), MODELS[config.model], about["data"]["path"]
+    if rank_and_world()[0] == 0:
+        tokenizer = load_tokenizer_for(about["tokenizer"], device, required=False)
+        if tokenizer and "val" in split_folders(folder):
+            model = module.Model(module.Config(**about["model_config"])).to(device).eval()
+            model.load_state_dict(weights)
+            if config.dtype == "bfloat16":
+                in_bfloat16(model, tokenizer)
+            clips = open_clips(folder, "val")
+            settings = settings_of({"config": asdict(config), **about})
+            dreams = dream(model, tokenizer, clips, min(4, len(clips)), **settings)
+            save_gif(picture_rows(dreams), f"{config.out}/samples/step_{step:06d}.gif", clips.hz)
+        else:
+            print(f"no sample pictures: {folder} has no val split, or --tokenizer is missing")
+        save_curve(config.out)
+    barrier()
+
 # ---- the command line ----------------------------------------------------------------------------
 
 SETTINGS = {  # for each model, what a flag is called by its sampler
@@ -595,7 +696,7 @@ def add_sampling_flags(p, nargs=None):
     p.add_argument("--method", choices=["euler", "midpoint"], help="flow: the solver")
     p.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged, or the last")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                   help="of the model's products; auto: whichever is faster here")
+                   help="of the model's products and of decoding; auto: whichever is faster here")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow to begin")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -617,7 +718,7 @@ def load_fitting(file, args):
 def load_player(file, args):
     """What examples/play.py takes of a checkpoint: a dream at a time, and soon."""
     model, tokenizer, settings, clips, _ = load_fitting(file, args)
-    set_dtype(model, args, at_once=1)
+    set_dtype(model, tokenizer, args, at_once=1)
     if args.steps is None and "cfg" in settings:
         settings["steps"] = 3
         print(f"{file} is played with 3 Euler steps, for ten frames a second; --steps asks for more")
@@ -665,7 +766,7 @@ def main(argv=None):
         return play([load_player(file, args) for file in args.ckpt], args.seed, args.port)
     # 1. The model, its tokenizer and clips, and that they fit together.
     model, tokenizer, settings, clips, saved = load_fitting(ckpt, args)
-    dtype, config = set_dtype(model, args), saved["config"]
+    dtype, config = set_dtype(model, tokenizer, args), saved["config"]
     about = (f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device} in {dtype}: "
              f"{args.num}")
     what = "problems of planning" if args.plan else f"clips of {clips.path}, other actions: {args.actions}"

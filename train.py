@@ -7,34 +7,31 @@
 In come clips: video as ids (T, H, W) or latents (C, T, H, W), and actions (17, A), one per frame. Into the
 folder OUT go ckpt.pt, ckpt_best.pt (lowest validation loss), log.jsonl, loss.png and samples/*.gif.
 
-Everything random is a function of the seed and a position: position p = step * batch + i names one clip and
-all noise in its loss. So a run is the same however its batch is divided among processes and micro-batches,
-and to resume at step n is to read on at position n * batch.
+Everything random is a function of the seed and a position p = step * batch + i, which names a clip and all
+noise in its loss. So a run is the same however its batch is divided, and resuming reads on at n * batch.
 """
 import argparse
 import contextlib
-import copy
 import functools
 import json
 import math
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from statistics import mean
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from blocks import VARIANTS, compile_blocks, count_flops, distribute, faster_dtype, knob
+from blocks import VARIANTS, count_flops, distribute, knob
 from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare_data, split_folders
-from sample import (MODELS, describe, dream, in_bfloat16, last_checkpoint, load_tokenizer_for, picture_rows,
-                    restore, save_best, save_checkpoint, save_curve, save_gif, settings_of, spread, whole)
-from tokenizer import (Writer, barrier, command, count_parameters, device_of, from_rank_0, ignore_signals,
+from sample import (MODELS, compile_checked, describe, faster_on, last_checkpoint, restore, save_best,
+                    save_checkpoint, show, spread, to_device)
+from tokenizer import (Writer, command, count_parameters, device_of, from_rank_0, ignore_signals,
                        join_processes, peak_gb, rank_and_world, remembered_signals, reuse_memory,
                        sum_over_processes, write_whole)
 
@@ -65,7 +62,8 @@ class TrainConfig:
     # speed and memory
     device: str = knob("", "mps: Apple's GPU, yet untried; default: a CUDA GPU or CPU", choices=("mps",))
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
-    compile: bool = knob(False, "torch.compile the blocks")
+    compile: bool = knob(None, "torch.compile the blocks, if that computes the same; default: for the paper "
+                         "preset on a GPU")
     checkpoint_activations: str = knob(
         "", "hold less for the backward pass: matrix products, or (the flag alone) inputs of blocks only",
         choices=("products", "inputs"), alone="inputs")
@@ -124,9 +122,6 @@ def micro_batches(stream, config, step, device):
                         pin_memory=on_gpu, worker_init_fn=ignore_signals)
     yield from (to_device(batch, device) for batch in loader)
 
-def to_device(batch, device):
-    return tree_map(lambda x: x.to(device, non_blocking=True), batch)
-
 # ---- the run -------------------------------------------------------------------------------------
 
 def learning_rate(config, step):
@@ -166,43 +161,40 @@ def train(config):
     file = f"{config.out}/ckpt.pt"
     saved = last_checkpoint(file) if from_rank_0(config.resume) else None
 
-    # 4. The model with the statistics of its data, the optimiser, and the running average of the weights.
+    # 4. The model with the statistics of its data.
     torch.manual_seed(config.seed)
     model = module.Model(sizes)
     statistics = list(action_statistics(clips).values())
     if module.KIND == "continuous":
         statistics += torch.tensor([clips.meta["latent_mean"], clips.meta["latent_std"]])
     model.set_statistics(*statistics)
-    block = copy.deepcopy(model.blocks[0]).to(device)  # to be timed; below, the model may be in pieces
-    if config.compile:
-        compile_blocks(model)
+
+    # 5. The first micro-batch, and the number type that it is to be computed in.
+    light = SimpleNamespace(config=sizes, layout=model.layout)  # no weights, for readers of clips get a copy
+    stream = Stream(clips, functools.partial(module.Model.draw, light), config.seed)
+    batches = micro_batches(stream, config, saved["step"] if saved else 0, device)
+    batch = next(batches)
+    if config.dtype == "auto":  # why that of before: other types give other losses
+        config.dtype = saved["config"]["dtype"] if saved else faster_on(device, model, batch)
+    autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+
+    # 6. The model as this process trains it, the optimiser, and the running average of the weights.
     runner = distribute(model, config.shard, device)  # the same, in what averages gradients over processes
     trained = list(model.parameters())
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     ema = {name: x.detach().clone() for name, x in model.state_dict().items()}
     step = restore(saved, model, optimizer, ema, config, about) if saved else 0
-
-    # 5. The first micro-batch. Its operations are counted: backward costs twice what forward does. And auto
-    # becomes the number type that is faster on it, or that of before, for other types give other losses.
-    light = SimpleNamespace(config=sizes, layout=model.layout)  # no weights, for readers of clips get a copy
-    stream = Stream(clips, functools.partial(module.Model.draw, light), config.seed)
-    batches = micro_batches(stream, config, step, device)
-    video, actions, draws = next(batches)
-    inputs = []
-    hook = model.blocks[0].register_forward_pre_hook(lambda _, args: inputs.extend(args))
-    flops = 3 * count_flops(lambda: model(video, actions, draws)) / len(video)
-    hook.remove()
-    if config.dtype == "auto":
-        config.dtype = saved["config"]["dtype"] if saved else from_rank_0(faster_dtype(block, *inputs))
-    autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+    flops = 3 * count_flops(lambda: model(*batch)) / len(batch[0])  # backward costs twice what forward does
     epochs, millions = config.steps * config.batch / len(clips), count_parameters(model) / 1e6
     say(f"{len(clips)} clips, each seen {epochs:.1f} times: {config.model} {config.variant}, {millions:.1f} M"
         f" parameters, {config.steps} steps of {config.batch} clips on {world} x {kind} in {config.dtype}")
     if saved:
         check_resumed(config, saved, about, say)
-    del saved, block, inputs
+    if config.compile:
+        config.compile = compile_right(config, model, runner, batch, autocast, say)
+    del saved
 
-    # 6. Validation, the log, and the step to end with.
+    # 7. Validation, the log, and the step to end with.
     validation = Validation(config, model, folder, clips, device, say)
     log = Log(config, step, flops, kind)
     last = min(config.steps, config.stop_after or config.steps)
@@ -215,17 +207,13 @@ def train(config):
             # (of clips, or of hidden tokens): a mean of means would give the tokens unequal weights.
             total = torch.zeros(4, device=device)  # losses, their number, signals, votes for a checkpoint
             for micro in range(config.accum):
-                ends_step = micro == config.accum - 1  # only then are gradients averaged over processes
-                if config.shard:
-                    runner.set_requires_gradient_sync(ends_step)
-                else:
-                    runner.require_backward_grad_sync = ends_step  # DDP's; a model alone does not look at it
+                average_gradients(runner, config, micro == config.accum - 1)  # once a step
                 with autocast:
-                    loss, count = runner(video, actions, draws)
+                    loss, count = runner(*batch)
                 loss.backward()
                 total[0] += loss.detach()
                 total[1] += count
-                video, actions, draws = next(batches)  # of the next round, while a GPU is at work on this one
+                batch = next(batches)  # of the next round, while a GPU is at work on this one
             total[2] = len(signals)
             total[3] = not config.save_every and time.perf_counter() > save_at
             sum_over_processes(total)
@@ -235,8 +223,7 @@ def train(config):
 
             # The gradient of the mean loss. backward() left that of the sum, averaged over processes.
             torch._foreach_mul_([p.grad for p in trained if p.grad is not None], world / count)
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
-            norm = norm.full_tensor().item() if config.shard else norm.item()
+            norm = clip_gradient(trained, config.grad_clip)
             if not math.isfinite(loss + norm):
                 refuse(config, step, loss, norm, stream)
 
@@ -247,7 +234,8 @@ def train(config):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            average(ema, model, min(config.ema, (1 + step) / (10 + step)))
+            decay = min(config.ema, (1 + step) / (10 + step))
+            average(ema, model, decay)
 
             # What is written. All processes take part, for with --shard each of them holds a piece.
             ends, found = step == last or asked > 0, {}
@@ -265,26 +253,56 @@ def train(config):
                 save_at = time.perf_counter() + 60 * config.save_minutes
             writer.check()
             if is_due(config.sample_every, step, step == config.steps):
-                show(config, about, sizes, ema, folder, step, device)
+                show(config, about, ema, step, device)
 
     log.bar.close()
     log.conclude(config, step, file, say)
     dist.destroy_process_group()
 
+def compile_right(config, model, runner, batch, autocast, say):
+    """Compiles the blocks -> True, if loss and gradient of the first batch stay as they are."""
+    def loss_and_norm():
+        model.zero_grad(set_to_none=True)
+        with autocast:
+            loss, _ = runner(*batch)
+        loss.backward()
+        return torch.tensor([loss.item(), clip_gradient(model.parameters(), config.grad_clip)])
+
+    average_gradients(runner, config, config.shard)  # DDP need not, so that each process can fail by itself
+    is_right = compile_checked(model, loss_and_norm, config.dtype, say)
+    model.zero_grad(set_to_none=True)
+    return is_right
+
+def average_gradients(runner, config, yes):
+    """Whether the next backward pass averages gradients over processes."""
+    if config.shard:
+        runner.set_requires_gradient_sync(yes)
+    else:
+        runner.require_backward_grad_sync = yes  # DDP's; a model alone does not look at it
+
+def clip_gradient(trained, limit):
+    """Scales the gradient to the norm `limit` if it is larger -> its norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(trained, limit)
+    if hasattr(norm, "full_tensor"):  # with --shard
+        norm = norm.full_tensor()
+    return norm.item()
+
+@torch.no_grad()
 def average(ema, model, decay):
     """ema <- decay * ema + (1 - decay) * weights. Buffers hold statistics of the data and never change."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    torch._foreach_lerp_([ema[name] for name in weights], list(weights.values()), 1 - decay)
+    for name, p in model.named_parameters():
+        ema[name].lerp_(p, 1 - decay)
 
 def is_due(every, step, last):
     """every > 0: whenever so many steps are done, and after the last; 0: only after the last; -1: never."""
-    return every > 0 and step % every == 0 or every >= 0 and last
+    if every > 0 and step % every == 0:
+        return True
+    return last and every >= 0
 
 # ---- validation ----------------------------------------------------------------------------------
 
 class Validation:
-    """The loss of a few clips that are not trained on, always under the same noise and by the averaged
-    weights, so that steps can be compared. It touches nothing on which training depends."""
+    """The loss of a few clips that are not trained on, by the averaged weights, always under one noise."""
 
     def __init__(self, config, model, folder, trained_on, device, say):
         self.model, self.batches = model, []
@@ -295,10 +313,12 @@ class Validation:
             return
         # 1. The clips. By default two passes through them take less than 3 % of the steps' three passes.
         clips = open_clips(folder, "val")
-        if clips.shape != trained_on.shape or clips.action_dim != trained_on.action_dim:
+        if (clips.shape, clips.action_dim) != (trained_on.shape, trained_on.action_dim):
             raise DataError(f"{clips.path} is not like {trained_on.path}: encode both with one tokenizer")
         chosen = spread(clips, min(32, len(clips)))
-        config.val_every = config.val_every or max(config.steps // 14, 25 * len(chosen) // config.batch)
+        if config.val_every == 0:
+            affordable = 25 * len(chosen) // config.batch
+            config.val_every = max(config.steps // 14, affordable)
         # 2. What their losses take. Shuffled actions are those of a clip far away, but for the past.
         items, n_past = [], model.layout.lengths[2]
         for i in chosen:
@@ -360,6 +380,8 @@ def settle(config, say):
     for name in ("steps", "batch", "lr", "warmup", "decay"):
         if getattr(config, name) == getattr(TrainConfig, name):  # it was not given
             setattr(config, name, preset[name])
+    if config.compile is None:
+        config.compile = has_gpu and config.preset == "paper" and config.checkpoint_activations != "products"
     check_flags(config)
     config.out = os.path.normpath(config.out or f"out/{config.model}_{config.variant}")
 
@@ -445,8 +467,7 @@ def open_run_folder(config, say):
     return lock
 
 def hold(folder):
-    """Locks FOLDER/lock, which says who holds it, until the file returned is closed. The lock vanishes with
-    the process, however that ends, and processes that read clips do not inherit it."""
+    """Locks FOLDER/lock, which says who holds it, until the file returned is closed or this process ends."""
     os.makedirs(folder, exist_ok=True)
     try:
         import fcntl
@@ -474,8 +495,7 @@ def check_resumed(config, saved, about, say):
         raise DataError(f"--stop_after {config.stop_after}: the run in {config.out} is at {step} already")
     say(f"resuming {config.out}/ckpt.pt at step {step}")
     if config.steps > steps:
-        say(f"prolonged from {steps} to {config.steps} steps: the {config.decay} schedule is now over all of "
-            f"them, and the rate goes on at {learning_rate(config, step):.3g}")
+        say(f"prolonged from {steps} to {config.steps} steps: the {config.decay} schedule covers them all")
 
 class Log:
     """OUT/log.jsonl, by rank 0, and the progress bar. A line tells of the steps since the line before it."""
@@ -548,25 +568,6 @@ def refuse(config, step, loss, norm, stream):
     raise DataError(f"loss {loss} and gradient norm {norm} at step {step}, in a batch that begins with "
                     f"{first}: look at its clips, or lower --lr; {config.out}/ckpt.pt is good")
 
-def show(config, about, sizes, ema, folder, step, device):
-    """OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four validation clips."""
-    weights, module = whole(ema), MODELS[config.model]
-    if rank_and_world()[0] == 0:
-        tokenizer = load_tokenizer_for(about["tokenizer"], device, required=False)
-        if tokenizer and "val" in split_folders(folder):
-            model = module.Model(sizes).to(device).eval()
-            model.load_state_dict(weights)
-            if config.dtype == "bfloat16":
-                in_bfloat16(model)
-            clips = open_clips(folder, "val")
-            settings = settings_of({"config": asdict(config), "model_config": asdict(sizes)})
-            dreams = dream(model, tokenizer, clips, min(4, len(clips)), **settings)
-            save_gif(picture_rows(dreams), f"{config.out}/samples/step_{step:06d}.gif", clips.hz)
-        else:
-            print(f"no sample pictures: {folder} has no val split, or --tokenizer is missing")
-        save_curve(config.out)
-    barrier()
-
 # ---- the command line ----------------------------------------------------------------------------
 
 def parse(argv=None):
@@ -593,10 +594,7 @@ def parse(argv=None):
 
 @command
 def main(argv=None):
-    try:
-        train(parse(argv))
-    except torch._dynamo.exc.BackendCompilerFailed as e:
-        raise DataError(f"--compile cannot be used here ({str(e).splitlines()[0]}): leave it out") from None
+    train(parse(argv))
 
 if __name__ == "__main__":
     main()

@@ -282,7 +282,7 @@ def test_digits_are_those_of_fsq():
     digit differ by one vector only."""
     from tokenizer import FSQ
     levels = (4, 3, 5)
-    table, ids = shake(blocks.DigitTable(levels, D)), torch.arange(60)
+    table, ids = shake(masked_hwm.DigitTable(levels, D)), torch.arange(60)
     codes = FSQ(levels).ids_to_codes(ids.view(60, 1, 1, 1))[:, :, 0, 0, 0]  # (60, 3) in [-1, 1]
     digits = (codes * torch.tensor(levels).div(2, rounding_mode="floor") + torch.tensor(levels).div(2, rounding_mode="floor")).round().long()
     ones = torch.cat([F.one_hot(d, n) for d, n in zip(digits.unbind(1), levels)], dim=1)

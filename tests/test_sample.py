@@ -485,7 +485,7 @@ def test_dreams_do_not_depend_on_those_beside_them(toy, trained, monkeypatch, mo
 
 
 @both
-def test_a_number_type_is_cast_once_and_its_dreams_stay_near(trained, monkeypatch, model):
+def test_a_number_type_is_cast_once_and_its_dreams_stay_near(toy, trained, monkeypatch, model):
     """Weights of products are bfloat16 from then on; embeddings, norms and what the layers add up stay float32."""
     args = sample.argparse.Namespace(dtype="auto", compile=False, device="cpu")
     seen, dreams = [], []
@@ -493,7 +493,10 @@ def test_a_number_type_is_cast_once_and_its_dreams_stay_near(trained, monkeypatc
     for choice in ("float32", "bfloat16"):
         net, _ = sample.load_model(f"{trained[model]}/ckpt.pt")
         monkeypatch.setattr(sample, "faster_dtype", lambda block, x, *rest, training: seen.append((block(x, *rest).shape, training)) or choice)
-        assert sample.set_dtype(net, args, at_once=3) == choice
+        tokenizer = load_tokenizer(f"{toy}/{TOKENIZER[model]}.pt")
+        assert sample.set_dtype(net, tokenizer, args, at_once=3) == choice
+        z = tokenizer.encode(torch.zeros(1, 3, 17, 32, 32))
+        assert tokenizer.decode(z).dtype == getattr(torch, choice) and z.dtype in (torch.float32, torch.int64)
         net.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
         dreams.append(net.logits(past[:, [0, 0, 1]], torch.ones(2, 1, 4, 4) > 0, torch.ones(2, 17, 25)) if model == "masked"
                       else net.velocity(past[:, :, :1], torch.zeros(1), past, torch.ones(2, 17, 25)))
@@ -514,8 +517,8 @@ def test_bfloat16_costs_the_shipped_models_nothing(name):
     with torch.no_grad():
         latents = tokenizer.encode(video)
         target = sample.to_uint8(tokenizer.decode(latents))[:, 9:].flatten(0, 1)
-    for make in (lambda model: None, sample.in_bfloat16):
-        make(model)
+    for make in (lambda model, tokenizer: None, sample.in_bfloat16):
+        make(model, tokenizer)
         frames = sample.continue_video(model, tokenizer, latents.narrow(-3, 0, 2), actions, **sample.settings_of(saved),
                                        noise=[torch.Generator().manual_seed(i) for i in range(16)])
         scores.append(psnr(frames.flatten(0, 1), target).mean())

@@ -507,12 +507,63 @@ def test_memory_that_was_freed_is_used_again(toy, tmp_path):
     assert faults[2] - faults[1] < 1000
 
 
-def test_compiling_without_a_compiler_is_one_sentence(toy, tmp_path, monkeypatch):
-    def fail(config):
-        raise torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("No working C++ compiler found"), None)
+def without_compiler(*_):
+    raise torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("No working C++ compiler found"), None)
 
-    monkeypatch.setattr(training, "train", fail)
-    assert "--compile" in ends(training.main, *flags(toy, tmp_path, compile=True))
+
+def off_by(part):
+    """A compiler whose kernels are wrong: each block adds a little too much to what it is given."""
+    return lambda f: lambda x, *rest: x + (1 + part) * (f(x, *rest) - x)
+
+
+def without_backward(f):
+    """A compiler that gets no further than the forward pass. The last block, which is plain, has its gradient by then."""
+    def forward(x, *rest):
+        y = f(x, *rest)
+        y.register_hook(without_compiler)
+        return y
+    return forward
+
+
+@both
+@pytest.mark.parametrize("compiler, sentence", [
+    (lambda f: f, "the blocks are compiled: loss and gradient norm of the first batch ["),
+    (without_backward, "the blocks are not compiled: the compiler fails"),
+    (lambda f: without_compiler, "the blocks are not compiled: the compiler fails (BackendCompilerFailed"),
+    (off_by(0.05), "the blocks are not compiled: loss and gradient norm of the first batch [")])
+def test_compiled_blocks_are_checked_against_the_plain_ones(toy, tmp_path, monkeypatch, capsys, model, compiler, sentence):
+    """Whatever becomes of it, the run is that of plain blocks to the last bit: the check takes no step, leaves no gradient
+    and draws no number. What it found is kept."""
+    plain = run(toy, tmp_path / "plain", model, compile=False, steps=3)
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f: (calls.append(f), compiler(f))[1])
+    assert losses(run(toy, tmp_path / "run", model, compile=True, steps=3, stop_after=1)) == losses(plain)[:1]
+    assert losses(run(toy, tmp_path / "run", model, compile=True, steps=3, resume=True)) == losses(plain)
+    out, a, b = capsys.readouterr().out, read(tmp_path / "plain"), read(tmp_path / "run")
+    assert out.count(sentence) == 2 and calls
+    assert torch.equal(a["rng"], b["rng"]) and b["config"]["compile"] == ("not" not in sentence)
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+def test_sharded_blocks_that_cannot_be_compiled_end_the_run(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: without_compiler)
+    assert "--no-compile" in ends(training.main, *flags(toy, tmp_path / "run", compile=True, shard=True))
+
+
+@pytest.mark.parametrize("preset, gpu, given, expected", [("paper", True, {}, True), ("paper", False, {}, False), ("tiny", True, {}, False),
+                                                          ("paper", True, dict(compile=False), False), ("tiny", False, dict(compile=True), True),
+                                                          ("paper", True, dict(checkpoint_activations="products"), False)])
+def test_the_paper_preset_is_compiled_on_a_gpu(toy, monkeypatch, preset, gpu, given, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    c = config(toy, "x", preset=preset, batch=16, **given)
+    training.settle(c, lambda *_: None)
+    assert c.compile is expected
+    c = parse_flags("--no-compile")
+    assert c.compile is False and parse_flags().compile is None and parse_flags("--compile").compile is True
+
+
+def parse_flags(*given):
+    return training.parse(["--model", "flow", "--variant", "full", *given])
 
 
 @pytest.mark.parametrize("name, value", [("accum", 2), ("log_every", 5), ("workers", 0), ("save_every", 1)])
@@ -525,10 +576,10 @@ def test_flags_that_change_nothing_may_change(toy, tmp_path, name, value):
 
 def test_the_number_type_is_measured_once_for_a_run(toy, tmp_path, monkeypatch):
     """--dtype auto is a stopwatch: a resumed run keeps what the first part used, or its losses would differ."""
-    monkeypatch.setattr(training, "faster_dtype", lambda *_: "float32")
+    monkeypatch.setattr(sample, "faster_dtype", lambda *_, **__: "float32")
     straight = run(toy, tmp_path / "a", steps=4, dtype="auto")
     run(toy, tmp_path / "b", steps=4, dtype="auto", stop_after=2)
-    monkeypatch.setattr(training, "faster_dtype", lambda *_: "bfloat16")
+    monkeypatch.setattr(sample, "faster_dtype", lambda *_, **__: "bfloat16")
     assert losses(run(toy, tmp_path / "b", steps=4, dtype="auto", resume=True)) == losses(straight)
 
 
@@ -1086,14 +1137,14 @@ def test_the_number_type_is_the_faster_one_of_the_models_block():
 
     for slow, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
         block = Block(slow)
-        assert training.faster_dtype(block, torch.ones(2, 3, 4), torch.ones((), dtype=torch.bfloat16)) == other
+        assert sample.faster_dtype(block, torch.ones(2, 3, 4), torch.ones((), dtype=torch.bfloat16)) == other
         assert {dtype for dtype, _ in block.seen} == {"torch.float32", "torch.bfloat16"} and all(g for _, g in block.seen)
 
 
 @both
 def test_auto_times_a_copy_of_the_first_block_on_the_first_micro_batch(toy, tmp_path, monkeypatch, model):
     given = []
-    monkeypatch.setattr(training, "faster_dtype", lambda block, *inputs: given.append((block, inputs)) or "float32")
+    monkeypatch.setattr(sample, "faster_dtype", lambda block, *inputs, training: given.append((block, inputs)) or "float32")
     auto = run(toy, tmp_path / "a", model, dtype="auto", accum=2)
     ((block, inputs),) = given
     assert inputs[0].shape[0] == 2 and inputs[0].shape[2] == 24  # half of the batch, width 24
@@ -1103,7 +1154,7 @@ def test_auto_times_a_copy_of_the_first_block_on_the_first_micro_batch(toy, tmp_
 
 def test_a_gpu_without_bfloat16_is_told(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert training.faster_dtype(None, SimpleNamespace(is_cuda=True)) == "float32" and "bfloat16" in capsys.readouterr().out
+    assert sample.faster_dtype(None, SimpleNamespace(is_cuda=True)) == "float32" and "bfloat16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model, options, word", [("flow", dict(p_drop=2.0), "--p_drop 2.0"), ("masked", dict(rho_max=-1.0), "--rho_max -1.0"),
