@@ -19,7 +19,6 @@ import json
 import math
 import os
 import time
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,18 +26,19 @@ import numpy as np
 import scipy.linalg
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from blocks import VARIANTS
 from data import FRAMES, FUTURE, JOINTS, PAST, open_clips
+from examples.inception import load_inception
+from examples.speed import set_dtype
 from flow_hwm import interpolate, target_velocity
 from sample import (AT_ONCE, MODELS, add_sampling_flags, change_actions, check_sampling_flags, continue_video,
-                    load_fitting, noise_of, set_dtype, spread, to_latents)
+                    load_fitting, noise_of, spread, to_latents)
 from tokenizer import (PRESETS, DataError, Tokenizer, barrier, command, count_parameters, device_of,
-                       fingerprint, peak_gb, psnr, rank_and_world, to_uint8, to_video, write_whole)
+                       peak_gb, psnr, rank_and_world, to_uint8, to_video, write_whole)
 
 PAPER_SIZES = {  # billions, Tables 1 and 2
     "masked": {"split": 0.220, "base": 0.321, "modality": 0.237, "full": 0.195},
@@ -61,13 +61,18 @@ def ssim(a, b):
     """Structural similarity of each frame (Wang et al., 2004), (n, H, W, 3) uint8 twice -> (n,): from moments
     under a Gaussian window of 11 x 11 pixels, sigma 1.5, wherever it fits; the mean over positions and
     colours."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
     moments = gaussian_filter([a, b, a * a, b * b, a * b], (0, 0, 1.5, 1.5, 0), radius=5)
     mean_a, mean_b, aa, bb, ab = moments[:, :, 5:-5, 5:-5]
-    product, squares = mean_a * mean_b, mean_a**2 + mean_b**2
-    covariance, variances = ab - product, aa + bb - squares
+    product = mean_a * mean_b
+    squares = mean_a**2 + mean_b**2
+    covariance = ab - product
+    variances = aa + bb - squares
     c_1, c_2 = 6.5025, 58.5225  # (0.01 * 255)^2 and (0.03 * 255)^2
-    similarity = (2 * product + c_1) * (2 * covariance + c_2) / ((squares + c_1) * (variances + c_2))
+    brightness = (2 * product + c_1) / (squares + c_1)
+    structure = (2 * covariance + c_2) / (variances + c_2)
+    similarity = brightness * structure
     return similarity.mean((1, 2, 3))
 
 def interval(values, recordings, n=10_000, seed=0):
@@ -77,7 +82,8 @@ def interval(values, recordings, n=10_000, seed=0):
     if len(values) < 8:
         return None
     _, recordings = np.unique(recordings, return_inverse=True)
-    total, count = np.bincount(recordings, values), np.bincount(recordings)
+    total = np.bincount(recordings, values)
+    count = np.bincount(recordings)
     drawn = np.random.default_rng(seed).integers(len(total), size=(n, len(total)))
     means = total[drawn].sum(1) / count[drawn].sum(1)
     return np.percentile(means, [2.5, 97.5]).tolist()
@@ -89,117 +95,6 @@ FID_IS = {  # what it is that is printed, for each network
 N dreamt frames against N targets. The paper's scripts use clean-fid (masked: "clean"; flow:
 "legacy_pytorch", the first frame only), so its tables and ours do not compare.""",
     "random_inception": "fd and kd are distances between features of Inception with random weights."}
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
-INCEPTION_SHA256 = "6726825d"  # how its SHA-256 begins: the digits that its publisher states, in the name
-POOLS = {"average": nn.AvgPool2d(3, 1, 1, count_include_pad=False),  # no zeros from beyond the border
-         "largest": nn.MaxPool2d(3, 1, 1), "halve": nn.MaxPool2d(3, 2)}
-
-def conv(c_in, c_out, kernel, stride=1, padding="same"):
-    """Convolution, batch norm by running statistics, ReLU. With a stride there is no padding."""
-    padding = padding if stride == 1 else 0
-    return nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(c_out, eps=1e-3), relu=nn.ReLU()))
-
-class Mixed(nn.Module):
-    """An Inception block: branches side by side, their channels concatenated. A branch is a chain of layers,
-    {name: (channels, kernel[, stride])}, {name: ()} for a pool. Two branches may share their first layers."""
-
-    def __init__(self, c_in, *branches):
-        super().__init__()
-        self.branches = branches
-        for branch in branches:
-            c = c_in
-            for name, sizes in branch.items():
-                self.add_module(name, conv(c, *sizes) if sizes else POOLS[name])
-                c = sizes[0] if sizes else c
-
-    def forward(self, x):
-        out = []
-        for branch in self.branches:
-            y = x
-            for name in branch:
-                y = self.get_submodule(name)(y)
-            out.append(y)
-        return torch.cat(out, dim=1)
-
-def mixed_5(c_in, pooled):
-    return Mixed(c_in, {"branch1x1": (64, 1)},
-                 {"branch5x5_1": (48, 1), "branch5x5_2": (64, 5)},
-                 {"branch3x3dbl_1": (64, 1), "branch3x3dbl_2": (96, 3), "branch3x3dbl_3": (96, 3)},
-                 {"average": (), "branch_pool": (pooled, 1)})
-
-def mixed_6(c):
-    return Mixed(768, {"branch1x1": (192, 1)},
-                 {"branch7x7_1": (c, 1), "branch7x7_2": (c, (1, 7)), "branch7x7_3": (192, (7, 1))},
-                 {"branch7x7dbl_1": (c, 1), "branch7x7dbl_2": (c, (7, 1)), "branch7x7dbl_3": (c, (1, 7)),
-                  "branch7x7dbl_4": (c, (7, 1)), "branch7x7dbl_5": (192, (1, 7))},
-                 {"average": (), "branch_pool": (192, 1)})
-
-def mixed_7(c_in, pool):
-    double = {"branch3x3dbl_1": (448, 1), "branch3x3dbl_2": (384, 3)}
-    return Mixed(c_in, {"branch1x1": (320, 1)},
-                 {"branch3x3_1": (384, 1), "branch3x3_2a": (384, (1, 3))},
-                 {"branch3x3_1": (384, 1), "branch3x3_2b": (384, (3, 1))},
-                 {**double, "branch3x3dbl_3a": (384, (1, 3))},
-                 {**double, "branch3x3dbl_3b": (384, (3, 1))},
-                 {pool: (), "branch_pool": (192, 1)})
-
-class Inception(nn.Sequential):
-    """Inception-v3 as pytorch-fid has it, with the names of its file (see FID_IS). Frames (n, H, W, 3) uint8,
-    resized to `size` -> features (n, 2048)."""
-
-    def __init__(self, size=299):
-        super().__init__(OrderedDict(
-            Conv2d_1a_3x3=conv(3, 32, 3, stride=2), Conv2d_2a_3x3=conv(32, 32, 3, padding=0),
-            Conv2d_2b_3x3=conv(32, 64, 3), pool_2=POOLS["halve"], Conv2d_3b_1x1=conv(64, 80, 1),
-            Conv2d_4a_3x3=conv(80, 192, 3, padding=0), pool_4=POOLS["halve"],  # (n, 192, 35, 35) for size 299
-            Mixed_5b=mixed_5(192, 32), Mixed_5c=mixed_5(256, 64), Mixed_5d=mixed_5(288, 64),
-            Mixed_6a=Mixed(288, {"branch3x3": (384, 3, 2)}, {  # (n, 768, 17, 17)
-                "branch3x3dbl_1": (64, 1), "branch3x3dbl_2": (96, 3), "branch3x3dbl_3": (96, 3, 2)},
-                {"halve": ()}),
-            Mixed_6b=mixed_6(128), Mixed_6c=mixed_6(160), Mixed_6d=mixed_6(160), Mixed_6e=mixed_6(192),
-            Mixed_7a=Mixed(768, {"branch3x3_1": (192, 1), "branch3x3_2": (320, 3, 2)}, {  # (n, 1280, 8, 8)
-                "branch7x7x3_1": (192, 1), "branch7x7x3_2": (192, (1, 7)),
-                "branch7x7x3_3": (192, (7, 1)), "branch7x7x3_4": (192, 3, 2)}, {"halve": ()}),
-            Mixed_7b=mixed_7(1280, "average"), Mixed_7c=mixed_7(2048, "largest")))
-        self.size = size
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, frames):
-        x = torch.as_tensor(frames).to(self.Conv2d_1a_3x3.conv.weight.device)
-        x = x.permute(0, 3, 1, 2) / 255
-        x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
-        x = super().forward(2 * x - 1)  # (n, 2048, 8, 8)
-        return x.mean((2, 3)).cpu().double().numpy()
-
-def load_inception(file="", say=print):
-    """-> (network, "inception" | "random_inception"). file: its weights; "": those in torch hub's cache,
-    which are fetched if need be. "random", or where they cannot be fetched: the same network with weights of
-    a fixed seed, on smaller frames. Distances of its features rise with blur and noise, but are not FID."""
-    if not file:
-        file = f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}"
-        try:
-            if not os.path.exists(file):
-                torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as e:
-            say(f"FID needs Inception-v3, and {INCEPTION_URL} cannot be had ({e}): put that file at {file} "
-                "or name it with --inception; for now there is fd_random_inception and no FID")
-            file = "random"
-    if file == "random":
-        net, generator = Inception(size=96), torch.Generator().manual_seed(0)
-        for p in net.parameters():
-            if p.ndim == 4:
-                nn.init.kaiming_normal_(p, generator=generator)
-        return net, "random_inception"
-    if not os.path.isfile(file) or not fingerprint(file).startswith(INCEPTION_SHA256):
-        raise DataError(f"{file} is not the Inception of the FID literature, a file whose SHA-256 begins "
-                        f"with {INCEPTION_SHA256}: get {INCEPTION_URL}, or give --inception random")
-    net, state = Inception(), torch.load(file, map_location="cpu", weights_only=True)
-    net.load_state_dict({k: state[k] for k in net.state_dict()})  # all but the classifier
-    return net, "inception"
 
 def frechet(x, y):
     """Frechet distance of two sets of features ([clips,] n, d), each taken for a Gaussian of mean m and
@@ -210,9 +105,12 @@ def frechet(x, y):
         R = (x - mean) / math.sqrt(len(x) - 1)
         return mean, np.linalg.qr(R, mode="r") if len(R) > len(mean) else R
 
-    (m_1, R_1), (m_2, R_2) = moments(np.vstack(x)), moments(np.vstack(y))
+    m_1, R_1 = moments(np.vstack(x))
+    m_2, R_2 = moments(np.vstack(y))
+    between = np.square(m_1 - m_2).sum()
+    traces = np.square(R_1).sum() + np.square(R_2).sum()
     root = scipy.linalg.svdvals(R_1 @ R_2.T).sum()
-    return float(np.square(m_1 - m_2).sum() + np.square(R_1).sum() + np.square(R_2).sum() - 2 * root)
+    return float(between + traces - 2 * root)
 
 def kid(x, y):
     """Squared maximum mean discrepancy of two sets of as many features, kernel (x.y / d + 1)^3, unbiased: no
@@ -221,7 +119,8 @@ def kid(x, y):
         return (a @ b.T / len(a.T) + 1) ** 3
 
     x, y = np.vstack(x), np.vstack(y)
-    n, within = len(x), kernel(x, x) + kernel(y, y)
+    n = len(x)
+    within = kernel(x, x) + kernel(y, y)
     others = (within.sum() - np.trace(within)) / (n * (n - 1))
     return float(others - 2 * kernel(x, y).mean())
 
@@ -232,7 +131,8 @@ def set_scores(features, recordings, seed=0, n_halves=50):
     n = len(features)
     dreamt, real, last = np.split(features, [FUTURE, 2 * FUTURE], axis=1)
     some = np.arange(0, n, math.ceil(n / 128))  # KID and the halves look at 128 clips at most
-    fd, kd = frechet(dreamt, real), kid(dreamt[some], real[some])
+    fd = frechet(dreamt, real)
+    kd = kid(dreamt[some], real[some])
     out = {"fid": fd, "fid_ci": None, "fid_frames": n * FUTURE,
            "fid_copy_last": frechet(last.repeat(FUTURE, axis=1), real),
            "fid_floor": frechet(real[::2], real[1::2]), "fid_floor_frames": n // 2 * FUTURE,
@@ -242,7 +142,9 @@ def set_scores(features, recordings, seed=0, n_halves=50):
 
     # The intervals. why halves: recordings drawn with replacement come twice, which inflates both distances.
     # Random halves of the recordings spread around their mean as the whole does around the truth.
-    names, rng, halves = np.unique(recordings[some]), np.random.default_rng(seed), []
+    names = np.unique(recordings[some])
+    rng = np.random.default_rng(seed)
+    halves = []
     for _ in range(n_halves):
         drawn = rng.permutation(names)[: len(names) // 2]
         half = some[np.isin(recordings[some], drawn)]
@@ -251,7 +153,8 @@ def set_scores(features, recordings, seed=0, n_halves=50):
     halves -= np.mean(halves, axis=0)
     fd_around, kd_around = np.percentile(halves, [2.5, 97.5], axis=0).T  # (low, high) each
     narrower = math.sqrt(len(some) / n)  # FD looks at all clips, so it varies less than the halves say
-    out["fid_ci"], out["kid_ci"] = (fd + narrower * fd_around).tolist(), (kd + kd_around).tolist()
+    out["fid_ci"] = (fd + narrower * fd_around).tolist()
+    out["kid_ci"] = (kd + kd_around).tolist()
     return out
 
 # ---- what is scored ------------------------------------------------------------------------------
@@ -318,7 +221,8 @@ def actions_told(model, clips, actions, another, groups):
 def through_windows(model, tokenizer, clip):
     """A clip of nine frames and n windows of eight -> ({name: frames (8 n, H, W, 3)} of what its dreams are
     compared with; the latents of each window (n, [C,] T, H, W), as they went through the tokenizer)."""
-    video, device = clip["video"], next(tokenizer.parameters()).device
+    video = clip["video"]
+    device = next(tokenizer.parameters()).device
     is_raw = video.dtype == torch.uint8
     if is_raw:  # with each window the nine frames before it
         windows = video.unfold(0, FRAMES, FUTURE).permute(0, 4, 1, 2, 3)  # (n, 17, H, W, 3)
@@ -337,8 +241,9 @@ def dream_clip(model, tokenizer, clip, told, seed=0, **settings):
     noise; "oracle" is that of a model that knows the latents of the future."""
     shown, z = through_windows(model, tokenizer, clip)
     past, future = z.tensor_split([model.layout.T_p], dim=-3)
-    courses, noise = torch.stack([*told.values()]), noise_of([seed + clip["index"]] * len(told))
     pasts = torch.cat([past] * len(told))
+    courses = torch.stack([*told.values()])
+    noise = noise_of([seed + clip["index"]] * len(told))
     films = continue_video(model, tokenizer, pasts, courses, noise=noise, **settings)
     oracle = SimpleNamespace(layout=model.layout, parameters=model.parameters, sample=lambda *_, **__: future)
     known = continue_video(oracle, tokenizer, past, courses[:1])
@@ -358,7 +263,8 @@ def token_scores(model, L, actions, seed):
     """Masked-HWM, all of the future hidden: cross-entropy in nats, and how often the likeliest id is the
     true one."""
     L_p, L_f = L.tensor_split([model.config.T_p], dim=1)
-    hidden, truth = torch.ones_like(L_f, dtype=torch.bool), L_f.flatten()
+    hidden = torch.ones_like(L_f, dtype=torch.bool)
+    truth = L_f.flatten()
     logits = model.logits(L, hidden, actions).float()  # (T_f * S, vocab)
     right = logits.argmax(-1) == truth
     copied = L_p[:, -1:] == L_f
@@ -369,12 +275,15 @@ def token_scores(model, L, actions, seed):
 
 def velocity_scores(model, latents, actions, seed):
     """Flow-HWM: mean squared error of the velocity (Eq. 3) at t = 0.05, 0.15 .. 0.95 from the same noise."""
-    t, sigma_min = torch.arange(0.05, 1, 0.1).to(latents), model.config.sigma_min
+    t = torch.arange(0.05, 1, 0.1).to(latents)
+    sigma_min = model.config.sigma_min
     v_p, X_1 = model.standardise_latents(latents).tensor_split([model.config.T_p], dim=2)
     X_0 = torch.randn(X_1.shape, generator=torch.Generator().manual_seed(seed)).to(X_1)
     X_t = interpolate(X_0, X_1, t, sigma_min)  # (10, C, T_f, H, W)
-    u = model.velocity(X_t, t, v_p.repeat_interleave(10, dim=0), actions.repeat_interleave(10, dim=0))
-    error = (u - target_velocity(X_0, X_1, sigma_min)).square()
+    v_p = v_p.repeat_interleave(10, dim=0)
+    actions = actions.repeat_interleave(10, dim=0)
+    error = model.velocity(X_t, t, v_p, actions) - target_velocity(X_0, X_1, sigma_min)
+    error = error.square()
     return {"velocity_error": error.flatten(1).mean(1).cpu().numpy()}
 
 @torch.no_grad()
@@ -421,11 +330,14 @@ def evaluate(model, tokenizer, clips, num=64, seed=0, net=None, **settings):
     found, own_scores = {}, token_scores if tokenizer.kind == "discrete" else velocity_scores
     for j in tqdm(range(rank, num, world), desc="evaluating", unit="clip", disable=rank > 0):
         lender = listed[(j + len(listed) // 2) % len(listed)]
-        clip, another = clips[chosen[j]], clips[lender]["actions"]
+        clip = clips[chosen[j]]
+        another = clips[lender]["actions"]
         told = actions_told(model, clips, clip["actions"], another, groups)
         shown, z = dream_clip(model, tokenizer, clip, told, seed, **settings)
         own = own_scores(model, z, clip["actions"][None].to(z.device), seed + chosen[j])
-        found[j] = own | compare(shown, ROWS, psnr=psnr, ssim=ssim) | compare(shown, group_rows, psnr=psnr)
+        by_row = compare(shown, ROWS, psnr=psnr, ssim=ssim)
+        by_group = compare(shown, group_rows, psnr=psnr)
+        found[j] = own | by_row | by_group
         if net:
             frames = [shown["prediction"], shown["target"], shown["copy_last"][:1]]
             found[j]["features"] = net(torch.cat(frames))
@@ -496,8 +408,10 @@ def rollout(model, tokenizer, clips, windows, seed=0, say=print, **settings):
         actions = torch.stack([clip["actions"] for clip in some])
         noise = noise_of(seed + clip["index"] for clip in some)
         films = continue_video(model, tokenizer, pasts, actions, windows, noise, **settings)
-        for j, ((shown, _), film) in enumerate(zip(through, films), start=first):
-            found[j] = compare({**shown, "prediction": film}, ROWS, psnr=psnr)
+        for j, film in enumerate(films):
+            shown, _ = through[j]
+            shown["prediction"] = film
+            found[first + j] = compare(shown, ROWS, psnr=psnr)
     curves = {}
     for key, scores in gather(found).items():
         curves[key] = scores.reshape(-1, windows, FUTURE).mean((0, 2)).tolist()
@@ -513,8 +427,9 @@ def sizes():
             extra = count_parameters(tokenizer) if name == "flow" else 0
             counted[name] = {}
             for variant in VARIANTS:
-                model = module.Model(module.Config(**{**module.PRESETS["paper"], "variant": variant}))
-                counted[name][variant] = (count_parameters(model) + extra) / 1e9
+                config = module.Config(**{**module.PRESETS["paper"], "variant": variant})
+                n = count_parameters(module.Model(config)) + extra
+                counted[name][variant] = n / 1e9
     return counted
 
 # ---- tables and the command line -----------------------------------------------------------------
@@ -607,7 +522,8 @@ def run(args):
         net.to(args.device)
     if rank == 0:
         barrier()
-    dtype, config = set_dtype(model, tokenizer, args), saved["config"]
+    dtype = set_dtype(model, tokenizer, args, AT_ONCE)
+    config = saved["config"]
     out = {"model": config["model"], "variant": config["variant"], "step": saved["step"],
            "device": args.device, "dtype": dtype}
     about = f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device} in {dtype}:"

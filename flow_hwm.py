@@ -111,7 +111,7 @@ def time_embedding(t, width):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 class FlowHWM(nn.Module):
-    network = "velocity"  # the method with the products, for sample.in_bfloat16
+    network = "velocity"  # the method with the products, for speed.in_bfloat16
 
     def __init__(self, config):
         super().__init__()

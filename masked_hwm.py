@@ -165,7 +165,7 @@ class DigitTable(nn.Module):
 # ---- the model -----------------------------------------------------------------------------------
 
 class MaskedHWM(nn.Module):
-    network = "logits"  # the method with the products, for sample.in_bfloat16
+    network = "logits"  # the method with the products, for speed.in_bfloat16
 
     def __init__(self, config):
         super().__init__()

@@ -18,25 +18,20 @@ import json
 import math
 import os
 import re
-import time
 import zipfile
 from dataclasses import asdict
-from glob import escape, glob
 
 import numpy as np
 import torch
-import torch.nn as nn
-from einops import rearrange
-from PIL import Image, ImageDraw
-from torch.utils._pytree import tree_map_only
 
 import flow_hwm
 import masked_hwm
-from blocks import compile_blocks, plain_blocks
 from data import HERE, JOINTS, PAST, ROBOT, is_lerobot, open_clips, read_json, split_folders, synth
 from examples import robot
+from examples.pictures import picture_rows, save_curve, save_gif, save_png, save_trace
+from examples.speed import in_bfloat16, set_dtype
 from tokenizer import (DataError, barrier, command, fingerprint, from_rank_0, load_tokenizer, rank_and_world,
-                       reuse_memory, sum_over_processes, to_uint8, to_video, write_whole)
+                       reuse_memory, to_uint8, to_video, write_whole)
 
 MODELS = {"masked": masked_hwm, "flow": flow_hwm}
 
@@ -192,110 +187,6 @@ def export(saved, file):
     small = {part: saved[part] for part in PARTS}
     small["ema"] = {name: t.half() if t.ndim > 1 else t for name, t in saved["ema"].items()}
     write_whole(file, lambda temporary: torch.save(small, temporary))
-
-# ---- the number type, the compiler ---------------------------------------------------------------
-
-def cast_products(module):
-    """Weights of Linear in bfloat16, for good: autocast casts those of a frozen model at every call."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            part.bfloat16()
-
-def to_device(batch, device):
-    """The same tensors on a device, in the same containers."""
-    return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
-
-class Enough(Exception):
-    """Ends a call of a model that is made for the inputs of its first block."""
-
-@torch.no_grad()
-def first_inputs(model, batch):
-    """What the model's first block is given when the model is given a batch (video, actions, draws)."""
-    def stop(_, inputs):
-        raise Enough(*inputs)
-
-    hook = model.blocks[0].register_forward_pre_hook(stop)
-    try:
-        model(*to_device(batch, next(model.parameters()).device))
-    except Enough as found:
-        return found.args
-    finally:
-        hook.remove()
-
-def faster_dtype(block, x, *rest, training=True):
-    """The number type in which a block of the model is faster on real inputs, forward and back; for sampling
-    forward alone, with weights that are cast once."""
-    if x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        print("this GPU computes no bfloat16: float32 is taken")
-        return "float32"
-    blocks = {"float32": block, "bfloat16": block}
-    if not training:
-        blocks["bfloat16"] = copy.deepcopy(block)
-        cast_products(blocks["bfloat16"])
-    seconds = {"float32": math.inf, "bfloat16": math.inf}
-    for name in [*seconds] * 4:  # in turn, for a machine may be busy for a while; the first two warm up
-        start = time.perf_counter()
-        autocast = torch.autocast(x.device.type, getattr(torch, name), enabled=name != "float32")
-        with autocast, torch.set_grad_enabled(training):
-            y = blocks[name](x.detach().requires_grad_(training), *rest)
-        if training:
-            y.float().sum().backward()
-        if x.device.type != "cpu":
-            torch.accelerator.synchronize()
-        seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return min(seconds, key=seconds.get)
-
-def faster_on(device, model, batch, training=True):
-    """The number type in which a block of the model is faster on a device, with a batch as `forward` takes
-    it. The model itself may still be on the CPU."""
-    block = copy.deepcopy(model.blocks[0]).to(device)
-    inputs = to_device(first_inputs(model, batch), device)
-    return from_rank_0(faster_dtype(block, *inputs, training=training))
-
-def in_bfloat16(model, tokenizer):
-    """Makes the model sample and the tokenizer decode in bfloat16, by weights that are cast once, here. What
-    the model's layers add up stays in float32, and so does encoding, where rounding would change ids."""
-    tokenizer.decode = copy.deepcopy(tokenizer).bfloat16().decode
-    cast_products(model)
-    autocast = torch.autocast(model.standardise_actions.mean.device.type, torch.bfloat16)
-    network = getattr(model, model.network)
-    setattr(model, model.network, autocast(network))
-
-def set_dtype(model, tokenizer, args, at_once=AT_ONCE):
-    """Makes both compute as --dtype and --compile ask -> the name of the type. auto is the type in which a
-    block of the model is faster for `at_once` clips."""
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = faster_on(args.device, model, model.example(at_once), training=False)
-    if dtype == "bfloat16":
-        in_bfloat16(model, tokenizer)
-    if args.compile:
-        compile_blocks(model)
-    return dtype
-
-ROUNDING = {"float32": 1e-3, "bfloat16": 1e-2}  # relative difference; that of wrong kernels was larger
-
-def compile_checked(model, loss_and_norm, dtype, say):
-    """Compiles the blocks of a model in training -> True, if its loss and gradient norm stay as they are.
-    Else the blocks stay plain. why: compilers have made wrong kernels of them, and said nothing. Every
-    process must call this: what one of them cannot use, none does."""
-    plain = loss_and_norm()
-    compile_blocks(model)
-    try:
-        compiled = loss_and_norm()
-        differs = not torch.allclose(compiled, plain, rtol=ROUNDING[dtype])
-        about = "loss and gradient norm of the first batch "
-        about += f"{compiled.tolist()}, of plain blocks {plain.tolist()}"
-    except RuntimeError as e:
-        differs, about = True, f"the compiler fails ({e!r:.150})"
-        if hasattr(model, "reshard"):  # with --shard pieces are in disorder now, and other processes may wait
-            raise DataError(f"--compile cannot be used here, {about}: give --no-compile") from None
-    failed = torch.tensor(float(differs), device=next(model.parameters()).device)
-    sum_over_processes(failed)
-    if failed:
-        plain_blocks(model)
-    say(f"the blocks are {'not ' if failed else ''}compiled: {about}")
-    return not failed
 
 # ---- what a checkpoint needs beside it: its tokenizer, and data that fits ------------------------
 
@@ -540,102 +431,7 @@ def trace(model, tokenizer, clips, num=4, seed=0, **settings):
         strips.append(strip)
     return np.array(strips)
 
-# ---- pictures ------------------------------------------------------------------------------------
-
-LEAST, GAP, TOP, LEFT = 128, 4, 14, 90  # pixels: least width of a picture, gaps, labels above and beside
-COLOURS = {"loss": "#1f77b4", "val_loss": "#ff7f0e"}  # blue and orange
-
-def sheet(pictures, above=(), beside=()):
-    """Pictures (rows, columns, H, W, 3) uint8 on white paper, with labels above columns or beside rows."""
-    zoom = max(1, LEAST // pictures.shape[3])
-    pictures = pictures.repeat(zoom, axis=2).repeat(zoom, axis=3)
-    pictures = np.pad(pictures, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
-    paper = rearrange(pictures, "rows columns h w rgb -> (rows h) (columns w) rgb")
-    margins = (TOP if above else 0, 0), (LEFT if beside else 0, 0), (0, 0)
-    paper = Image.fromarray(np.pad(paper, margins, constant_values=255))
-    draw = ImageDraw.Draw(paper)
-    height, width = pictures.shape[2:4]
-    for column, label in enumerate(above):
-        draw.text((column * width + 2, 1), label, fill="black")
-    for row, label in enumerate(beside):
-        draw.text((4, (row + 0.5) * height - 8), label, fill="black")
-    return paper
-
-def picture_rows(dreams, other="other actions"):
-    """The dict of `dream` with its last row called `other`: {label: frames (clips, n, H, W, 3)}."""
-    return dict(zip(("context", "truth", "prediction", other), dreams.values()))
-
-def save_gif(rows, file, hz=10):
-    """Each clip is a line of pictures, each entry of `rows` a column. All play the context first; then the
-    context stands still, and so does the truth where a rollout is longer. The GIF plays in true time."""
-    context, *futures = rows.values()
-    films = [context, *(np.concatenate([context, future], axis=1) for future in futures)]
-    n = max(film.shape[1] for film in films)
-    # A GIF counts in hundredths of a second. Its delays are differences of rounded times, so that errors do
-    # not add up. Browsers slow down delays below two hundredths: above 50 Hz not every frame is shown.
-    shown = range(0, n, math.ceil(hz / 50))
-    starts = [round(100 * t / hz) for t in shown]
-    delays = 10 * np.diff(starts, append=starts[-1] + 100)
-    pictures = []
-    for t in shown:
-        columns = [film[:, min(t, film.shape[1] - 1)] for film in films]  # (clips, H, W, 3) each
-        pictures.append(sheet(np.stack(columns, axis=1), above=rows).quantize(255))
-    write_whole(file, lambda temporary: pictures[0].save(
-        temporary, format="GIF", save_all=True, append_images=pictures[1:], loop=0, duration=delays.tolist()))
-
-def save_png(rows, file):
-    """Each clip is four lines of pictures, time to the right: the three lower ones follow the context."""
-    films = [*rows.values()]
-    clips, _, *picture = films[0].shape
-    longest = max(film.shape[1] for film in films)
-    lines = np.full((clips, len(rows), longest, *picture), 255, np.uint8)
-    for i, film in enumerate(films):
-        lines[:, i, : film.shape[1]] = film
-    paper = sheet(lines.reshape(-1, *lines.shape[2:]), beside=[*rows] * clips)
-    write_whole(file, lambda temporary: paper.save(temporary, format="PNG"))
-
-def save_trace(strips, file, flow):
-    """Each clip is a line of pictures, one for each step of the sampler, under its time t or its number."""
-    n = strips.shape[1]
-    labels = [f"t = {t:.2f}" for t in np.linspace(0, 1, n)] if flow else [f"step {k + 1}" for k in range(n)]
-    paper = sheet(strips, above=labels)
-    write_whole(file, lambda temporary: paper.save(temporary, format="PNG"))
-
-def save_curve(folder):
-    """FOLDER/loss.png: the losses of log.jsonl over the steps, and below them what was dreamt on the way."""
-    with open(f"{folder}/log.jsonl") as f:
-        log = [json.loads(line) for line in f]
-    curves = {}
-    for key in ("loss", "val_loss"):
-        points = [(line["step"], line[key]) for line in log if key in line]
-        if points:
-            curves[key] = np.array(points)
-    losses = np.concatenate([*curves.values()])[:, 1]
-    gifs = sorted(glob(f"{escape(folder)}/samples/step_*.gif"))
-    gifs = gifs[:: len(gifs) // 5 + 1]  # five at most
-    canvas = Image.new("RGB", (760, 450 if gifs else 300), "white")
-    draw = ImageDraw.Draw(canvas)
-    last = ", ".join(f"last {key} {points[-1, 1]:.4g}" for key, points in curves.items())
-    title = f"{folder} up to step {log[-1]['step']}: loss (blue), val_loss (orange); {last}"
-    draw.text((60, 4), title, fill="black")
-    # 1. The curves. The few largest losses are those of the start: they leave the picture at its top.
-    low, high = min(losses), np.quantile(losses, 0.98) + 1e-9
-    for height, loss in zip((276, 150, 24), np.linspace(low, high, 3)):
-        draw.line([(60, height), (748, height)], fill=(225, 225, 225))
-        draw.text((4, height - 6), f"{loss:.4g}", fill="black")
-    for key, points in curves.items():
-        x = np.interp(points[:, 0], [0, log[-1]["step"]], [60, 748])
-        y = np.interp(points[:, 1], [low, high], [276, 24])
-        draw.line([*zip(x, y)], fill=COLOURS[key], width=2)
-    # 2. The last frame of each GIF. Its third column is the prediction.
-    for left, file in zip(range(60, 760, 138), gifs):
-        with Image.open(file) as gif:
-            gif.seek(gif.n_frames - 1)
-            column = gif.width // 4
-            frame = gif.convert("RGB").crop((2 * column, TOP, 3 * column - GAP, TOP + column - GAP))
-        canvas.paste(frame.resize((128, 128)), (left, 302))
-        draw.text((left, 432), os.path.basename(file), fill="black")
-    write_whole(f"{folder}/loss.png", lambda temporary: canvas.save(temporary, format="PNG"))
+# ---- pictures of a run ---------------------------------------------------------------------------
 
 def show(config, about, ema, step, device):
     """Of a run that is being trained: OUT/loss.png, and in OUT/samples/step_N.gif the dreams of four
@@ -766,7 +562,8 @@ def main(argv=None):
         return play([load_player(file, args) for file in args.ckpt], args.seed, args.port)
     # 1. The model, its tokenizer and clips, and that they fit together.
     model, tokenizer, settings, clips, saved = load_fitting(ckpt, args)
-    dtype, config = set_dtype(model, tokenizer, args), saved["config"]
+    dtype = set_dtype(model, tokenizer, args, AT_ONCE)
+    config = saved["config"]
     about = (f"{config['model']} {config['variant']}, step {saved['step']}, on {args.device} in {dtype}: "
              f"{args.num}")
     what = "problems of planning" if args.plan else f"clips of {clips.path}, other actions: {args.actions}"

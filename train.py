@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from blocks import VARIANTS, count_flops, distribute, knob
 from data import PAST, SOURCE, DataError, action_statistics, open_clips, prepare_data, split_folders
-from sample import (MODELS, compile_checked, describe, faster_on, last_checkpoint, restore, save_best,
-                    save_checkpoint, show, spread, to_device)
+from examples.speed import compile_checked, faster_on, to_device
+from sample import MODELS, describe, last_checkpoint, restore, save_best, save_checkpoint, show, spread
 from tokenizer import (Writer, command, count_parameters, device_of, from_rank_0, ignore_signals,
                        join_processes, peak_gb, rank_and_world, remembered_signals, reuse_memory,
                        sum_over_processes, write_whole)

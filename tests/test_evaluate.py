@@ -17,7 +17,9 @@ import evaluate
 import sample
 from conftest import TOY_PRESET
 from data import JOINTS, DataError, open_clips
-from evaluate import Inception, frechet, kid
+from evaluate import frechet, kid
+from examples import inception
+from examples.inception import Inception
 from flow_hwm import FlowConfig, FlowHWM, interpolate, target_velocity
 from masked_hwm import MaskedConfig, MaskedHWM
 from tokenizer import fingerprint, load_tokenizer, to_uint8, to_video
@@ -202,7 +204,7 @@ def pictures(n, seed=0, size=48):
 
 @pytest.fixture(scope="module")
 def net():
-    return evaluate.load_inception("random")[0]
+    return inception.load_inception("random")[0]
 
 
 def test_distance_rises_with_blur_and_noise(net):
@@ -285,7 +287,7 @@ def test_inception_has_the_names_of_the_published_file():
 
 
 def test_inception_pools_as_tensorflow_did():
-    block = evaluate.Mixed(4, {"average": (), "branch_pool": (4, 1)})
+    block = inception.Mixed(4, {"average": (), "branch_pool": (4, 1)})
     with torch.no_grad():
         block.branch_pool.conv.weight.copy_(torch.eye(4)[..., None, None])
         ones = block.eval()(torch.ones(1, 4, 5, 5))
@@ -315,9 +317,9 @@ def test_where_inception_comes_from(tmp_path, monkeypatch):
     file, said = f"{tmp_path}/w.pth", []
     torch.save(Inception().state_dict() | {"fc.weight": torch.zeros(1)}, file)
     with pytest.raises(DataError, match="w.pth is not .* SHA-256 begins with 6726825d"):
-        evaluate.load_inception(file)
-    monkeypatch.setattr(evaluate, "INCEPTION_SHA256", fingerprint(file)[:8])
-    assert evaluate.load_inception(file)[1] == "inception"
+        inception.load_inception(file)
+    monkeypatch.setattr(inception, "INCEPTION_SHA256", fingerprint(file)[:8])
+    assert inception.load_inception(file)[1] == "inception"
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: f"{tmp_path}/hub")
 
@@ -325,7 +327,7 @@ def test_where_inception_comes_from(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    net, name = evaluate.load_inception("", said.append)
+    net, name = inception.load_inception("", said.append)
     assert name == "random_inception"
     assert "--inception" in said[0] and "pt_inception-2015-12-05-6726825d.pth" in said[0]
 

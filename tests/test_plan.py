@@ -12,7 +12,7 @@ import evaluate
 import sample
 from conftest import TOY_PRESET
 from data import open_clips
-from examples import plan as planning, robot
+from examples import pictures, plan as planning, robot
 from examples.plan import COMMANDS, commanded, distance, follow, plan, plan_by_model, plan_problem, regret
 from flow_hwm import FlowConfig, FlowHWM
 from masked_hwm import MaskedConfig, MaskedHWM
@@ -263,8 +263,8 @@ def test_sample_plan_draws_a_gif_and_a_png(tmp_path, toy, monkeypatch, capsys):
     sample.main(["--ckpt", checkpoint(tmp_path, toy), "--plan", "--num", "2", "--steps", "1", "--device", "cpu",
                  "--out", f"{tmp_path}/o"])
     with Image.open(f"{tmp_path}/o/plan.gif") as gif:
-        assert gif.n_frames == 17 and gif.width == 4 * (128 + sample.GAP)
-    assert Image.open(f"{tmp_path}/o/plan.png").height == 8 * (128 + sample.GAP)
+        assert gif.n_frames == 17 and gif.width == 4 * (128 + pictures.GAP)
+    assert Image.open(f"{tmp_path}/o/plan.png").height == 8 * (128 + pictures.GAP)
     assert capsys.readouterr().out.count("after the plan") == 2
 
 

@@ -14,6 +14,7 @@ import flow_hwm
 import masked_hwm
 import sample
 from conftest import TOY_PRESET
+from examples import speed
 from examples.robot import robot_episode
 from tokenizer import fingerprint, load_tokenizer, psnr, write_whole
 
@@ -492,7 +493,7 @@ def test_a_number_type_is_cast_once_and_its_dreams_stay_near(toy, trained, monke
     past = {"masked": torch.randint(64, (2, 2, 4, 4)), "flow": torch.randn(2, 4, 2, 4, 4)}[model]
     for choice in ("float32", "bfloat16"):
         net, _ = sample.load_model(f"{trained[model]}/ckpt.pt")
-        monkeypatch.setattr(sample, "faster_dtype", lambda block, x, *rest, training: seen.append((block(x, *rest).shape, training)) or choice)
+        monkeypatch.setattr(speed, "faster_dtype", lambda block, x, *rest, training: seen.append((block(x, *rest).shape, training)) or choice)
         tokenizer = load_tokenizer(f"{toy}/{TOKENIZER[model]}.pt")
         assert sample.set_dtype(net, tokenizer, args, at_once=3) == choice
         z = tokenizer.encode(torch.zeros(1, 3, 17, 32, 32))

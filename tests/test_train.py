@@ -28,6 +28,7 @@ import tokenizer as tok
 import train as training
 from blocks import VARIANTS
 from conftest import TOY_PRESET
+from examples import speed
 from sample import MODELS
 from train import TrainConfig, learning_rate, positions
 
@@ -576,10 +577,10 @@ def test_flags_that_change_nothing_may_change(toy, tmp_path, name, value):
 
 def test_the_number_type_is_measured_once_for_a_run(toy, tmp_path, monkeypatch):
     """--dtype auto is a stopwatch: a resumed run keeps what the first part used, or its losses would differ."""
-    monkeypatch.setattr(sample, "faster_dtype", lambda *_, **__: "float32")
+    monkeypatch.setattr(speed, "faster_dtype", lambda *_, **__: "float32")
     straight = run(toy, tmp_path / "a", steps=4, dtype="auto")
     run(toy, tmp_path / "b", steps=4, dtype="auto", stop_after=2)
-    monkeypatch.setattr(sample, "faster_dtype", lambda *_, **__: "bfloat16")
+    monkeypatch.setattr(speed, "faster_dtype", lambda *_, **__: "bfloat16")
     assert losses(run(toy, tmp_path / "b", steps=4, dtype="auto", resume=True)) == losses(straight)
 
 
@@ -1137,14 +1138,14 @@ def test_the_number_type_is_the_faster_one_of_the_models_block():
 
     for slow, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
         block = Block(slow)
-        assert sample.faster_dtype(block, torch.ones(2, 3, 4), torch.ones((), dtype=torch.bfloat16)) == other
+        assert speed.faster_dtype(block, torch.ones(2, 3, 4), torch.ones((), dtype=torch.bfloat16)) == other
         assert {dtype for dtype, _ in block.seen} == {"torch.float32", "torch.bfloat16"} and all(g for _, g in block.seen)
 
 
 @both
 def test_auto_times_a_copy_of_the_first_block_on_the_first_micro_batch(toy, tmp_path, monkeypatch, model):
     given = []
-    monkeypatch.setattr(sample, "faster_dtype", lambda block, *inputs, training: given.append((block, inputs)) or "float32")
+    monkeypatch.setattr(speed, "faster_dtype", lambda block, *inputs, training: given.append((block, inputs)) or "float32")
     auto = run(toy, tmp_path / "a", model, dtype="auto", accum=2)
     ((block, inputs),) = given
     assert inputs[0].shape[0] == 2 and inputs[0].shape[2] == 24  # half of the batch, width 24
@@ -1154,7 +1155,7 @@ def test_auto_times_a_copy_of_the_first_block_on_the_first_micro_batch(toy, tmp_
 
 def test_a_gpu_without_bfloat16_is_told(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert sample.faster_dtype(None, SimpleNamespace(is_cuda=True)) == "float32" and "bfloat16" in capsys.readouterr().out
+    assert speed.faster_dtype(None, SimpleNamespace(is_cuda=True)) == "float32" and "bfloat16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model, options, word", [("flow", dict(p_drop=2.0), "--p_drop 2.0"), ("masked", dict(rho_max=-1.0), "--rho_max -1.0"),
