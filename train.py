@@ -74,6 +74,8 @@ class TrainConfig:
     # data that is made first
     encode: bool = knob(False, "encode raw video in --data into DATA_discrete or DATA_continuous")
     stride: int = knob(0, "of that: frames from one clip to the next; default: about 5000 clips", low=0)
+    recolour: bool = knob(None, "of that: two of three clips in other colours; default: where they overlap "
+                      "for want of frames")
     camera: str = knob("", SOURCE["camera"])
     fit: str = knob("", SOURCE["fit"], choices=("crop", "pad"))
     actions: str = knob("", SOURCE["actions"])
@@ -154,7 +156,7 @@ def train(config):
     settle(config, say)
     module = MODELS[config.model]
     folder, tokenizer = prepare_data(module.KIND, config.data, config.tokenizer, config.frames, config.encode,
-                                     kind, say, config.stride or None, **source_of(config))
+                                     kind, say, config.stride or None, config.recolour, **source_of(config))
     clips = open_clips(folder, "train")
     sizes = model_config(config, clips)
     about = describe(config, sizes, folder, clips, tokenizer)
