@@ -630,7 +630,8 @@ def training_stride(clips):
 
 def recoloured(video, i):
     """Frames (F, H, W, 3) of clip i, two clips of three in other colours: what a few rooms look like is soon
-    known by heart, and then the model meets another one."""
+    known by heart, and then the model meets another one. Of many rooms it is better to see the true colours
+    (tests/RESULTS.md)."""
     rng = np.random.default_rng(i)
     if rng.random() < 1 / 3:
         return video
@@ -655,9 +656,10 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
     """Raw video -> a data folder of ids (int32) or latents (float16), which is read like the 1X set.
 
     Training clips begin `stride` frames apart, by default as `training_stride` says; those for validation
-    never overlap. recolour: whether training clips are `recoloured`; by default where `training_stride` lets
-    them overlap. Under torchrun shard j belongs to rank j mod WORLD_SIZE. A shard is written whole or not at
-    all and always in the same batches: a run that was killed goes on where it was, to the same bytes."""
+    never overlap. recolour: whether training clips are `recoloured`; by default, without a stride, where
+    there are fewer than ENOUGH frames. Under torchrun shard j belongs to rank j mod WORLD_SIZE. A shard is
+    written whole or not at all and always in the same batches: a run that was killed goes on where it was,
+    to the same bytes."""
     check(batch > 0, f"{out} cannot be made in batches of {batch}: give a positive --batch")
     # 1. The tokenizer, and what a cache says of it.
     if not device:
@@ -677,9 +679,9 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
         check(clips.kind == "raw", f"{clips.path} is tokenized already: give the folder of raw video")
         if split == "train" and not stride:
             clips.find_clips(training_stride(clips))
-        is_little = not stride and clips.stride < FRAMES * frame_stride
-        recolour_now = split == "train" and (is_little if recolour is None else recolour)
-        encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, batch, device, progress, recolour_now)
+        is_little = not stride and int(clips.edges[-1]) < ENOUGH * frame_stride
+        colours = split == "train" and (is_little if recolour is None else recolour)
+        encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, batch, device, progress, colours)
     return out
 
 def encode_split(clips, folder, tokenizer, about, batch, device, progress, recolour):
@@ -881,8 +883,7 @@ def main(argv=None):
     p.add_argument("--size", type=int, help="resize frames to size x size")
     p.add_argument("--stride", type=int, help="frames from a training clip to the next (default: 5000 clips)")
     p.add_argument("--recolour", action=argparse.BooleanOptionalAction, default=None,
-                   help="training clips in other colours, two of three (default: where so few frames are"
-                        " there that clips overlap)")
+                   help="two of three training clips in other colours (default: of less than 5000 frames)")
     p.add_argument("--frame_stride", type=int, default=1, help="take every n-th frame and action")
     p.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
     p.add_argument("--device", help="default: the rank's GPU, or cpu")

@@ -618,6 +618,7 @@ def test_windows_of_little_data_overlap(tmp_path, fake, monkeypatch, capsys, fra
         raw_split(tmp_path / f"raw/{split}_v2.0")
     data.encode(str(tmp_path / "raw"), str(fake / "discrete"), str(tmp_path / "out"), frame_stride=frame_stride)
     assert data.open_clips(tmp_path / "out").meta["stride"] == stride
+    assert data.open_clips(tmp_path / "out").meta.get("recoloured", False) == (105 < enough * frame_stride)
     assert data.open_clips(tmp_path / "out", "val").meta["stride"] == 17 * frame_stride
     said = capsys.readouterr().out
     assert f"{len(data.open_clips(tmp_path / 'raw', stride=stride, frame_stride=frame_stride))} clips, one every {stride} of 105 frames" in said and "GB" in said
@@ -627,8 +628,8 @@ def test_windows_of_little_data_overlap(tmp_path, fake, monkeypatch, capsys, fra
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
 def test_clips_of_little_data_get_other_colours(tmp_path, fake, monkeypatch, capsys, kind):
-    """Where windows overlap by default, two of three, each as its number says, and it is said. Clips for validation stay as
-    they are, and those of a stride that was asked for, if no other colours are asked for."""
+    """Of less than 5,000 frames two of three, each as its number says, and it is said. Clips for validation stay as they
+    are, and those of a stride that was asked for, if no other colours are asked for."""
     monkeypatch.setattr(data, "CLIPS_PER_SHARD", 20)
     for split in ("train", "val"):
         raw_split(tmp_path / f"raw/{split}_v2.0")

@@ -976,7 +976,7 @@ def test_memorising_is_said(toy, tmp_path, capsys, memorises):
     said = capsys.readouterr().out
     assert said.count("model is memorising") == memorises, [line.get("val_loss") for line in lines]
     if memorises:
-        assert "--stride" in said and "--steps" in said and "--width" in said
+        assert "--stride" in said and "--steps" in said and "--recolour" in said
         assert "2 clips, each seen 120.0 times" in said
 
 
