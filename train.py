@@ -528,7 +528,7 @@ class Log:
             self.bar.write(
                 f"The model is memorising: training loss falls, but validation loss is {late[-1]:.4g} after "
                 f"{best['val_loss']:.4g} at step {best['step']}. Try new recordings, more clips (data.py "
-                "encode --stride 4), clips in other colours (--recolour) or fewer --steps.")
+                "encode --stride 4), other colours (--recolour), --weight_decay 1 or fewer --steps.")
 
     def conclude(self, config, step, file, say):
         """The last words of a run: how to go on, or which of its two checkpoints is the better one."""
