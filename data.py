@@ -466,6 +466,16 @@ def training_stride(clips):
     overlap, for a model memorises clips that it sees too often."""
     return int(np.clip(clips.edges[-1] // ENOUGH, 1, FRAMES * clips.frame_stride))
 
+def recoloured(video, i):
+    """Frames (F, H, W, 3) of clip i, two clips of three in other colours: what a few rooms look like is soon
+    known by heart, and then the model meets another one. Of many rooms it is better to see the true colours
+    (tests/RESULTS.md)."""
+    rng = np.random.default_rng(i)
+    if rng.random() < 1 / 3:
+        return video
+    brightness = torch.from_numpy(rng.uniform(0.75, 1.25, 3))
+    return (video[..., rng.permutation(3)] * brightness).round().clamp(0, 255).to(torch.uint8)
+
 def made_of(clips):
     """A hash of recordings: all states, and of each video's file its length, begin, middle and end."""
     found = hashlib.sha256(repr([*clips.edges]).encode())
@@ -490,12 +500,14 @@ def ahead(pool, n, function, jobs):
         yield future.result()
 
 def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, splits=("train", "val"),
-           batch=8, device=None, progress=True, **source):
+           batch=8, device=None, progress=True, recolour=None, **source):
     """Raw video -> a data folder of ids (int32) or latents (float16), which is read like the 1X set.
 
     Training clips begin `stride` frames apart, by default as `training_stride` says; those for validation
-    never overlap. Under torchrun shard j belongs to rank j mod WORLD_SIZE. A shard is written whole or not at
-    all and always in the same batches: a run that was killed goes on where it was, to the same bytes."""
+    never overlap. recolour: whether training clips are `recoloured`; by default, without a stride, where
+    there are fewer than ENOUGH frames. Under torchrun shard j belongs to rank j mod WORLD_SIZE. A shard is
+    written whole or not at all and always in the same batches: a run that was killed goes on where it was,
+    to the same bytes."""
     check(batch > 0, f"{out} cannot be made in batches of {batch}: give a positive --batch")
     # 1. The tokenizer, and what a cache says of it.
     if not device:
@@ -513,16 +525,22 @@ def encode(data, tokenizer_path, out, size=None, stride=None, frame_stride=1, sp
         check(clips.kind == "raw", f"{clips.path} is tokenized already: give the folder of raw video")
         if split == "train" and not stride:
             clips.find_clips(training_stride(clips))
-        encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, batch, device, progress)
+        is_little = not stride and int(clips.edges[-1]) < ENOUGH * frame_stride
+        colours = split == "train" and (is_little if recolour is None else recolour)
+        encode_split(clips, f"{out}/{split}_v2.0", tokenizer, about, batch, device, progress, colours)
     return out
 
-def encode_split(clips, folder, tokenizer, about, batch, device, progress):
+def encode_split(clips, folder, tokenizer, about, batch, device, progress, recolour):
     """One split of `encode`: says to `make_split` how a shard is made and what metadata.json holds."""
     from examples.shards import make_split
 
     # 1. How clips are encoded. The first one shows the shape of all.
     def read(numbers):
-        return [clips[i] for i in numbers]
+        items = [clips[i] for i in numbers]
+        if recolour:
+            for item in items:
+                item["video"] = recoloured(item["video"], item["index"])
+        return items
 
     def encoded(items):
         video = to_video(torch.stack([item["video"] for item in items])).to(device)
@@ -556,6 +574,8 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
     #    way from one to the other.
     layout = {"source": os.path.abspath(clips.path), "size": clips.size, "stride": clips.stride,
               "frame_stride": clips.frame_stride}
+    if recolour:
+        layout["recoloured"] = True
     for key in ("groups", "opened", "robot", "velocities"):
         if key in clips.meta:
             layout[key] = clips.meta[key]
@@ -563,8 +583,9 @@ def encode_split(clips, folder, tokenizer, about, batch, device, progress):
                 "source": os.path.relpath(clips.path, folder), "source_sha256": made_of(clips)}
     # 4. Make it.
     if not quiet:
+        colours = ", two of three in other colours (--no-recolour: as they are)" if recolour else ""
         print(f"{folder}: {len(clips)} clips, one every {clips.stride} of {clips.edges[-1]} frames, in "
-              f"{len(clips) * sum(clip_bytes) / 1e9:.3g} GB")
+              f"{len(clips) * sum(clip_bytes) / 1e9:.3g} GB{colours}")
     meta = functools.partial(cache_metadata, clips, folder, layout, about, example, len(shards))
     with pool:
         make_split(folder, settings, units, make_shard, meta, lambda j: [units[j] * n for n in clip_bytes],
@@ -597,10 +618,10 @@ SHIPPED_TOKENIZERS = {"discrete": "weights/tokenizer_dv_tiny.pt",
 ROBOT, ROBOT_STRIDE = "data/robot", 4  # the built-in robot's folder; frames between clips that train on it
 
 def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=False, device="cpu", say=print,
-                 stride=None, **source):
+                 stride=None, recolour=None, **source):
     """Makes what is missing to train on latents of this kind; returns (their folder, their tokenizer's path).
     Without `data` the built-in robot is drawn and encoded; raw video in `data` is encoded if `encode_raw` is
-    True, with `stride` and `source` as `encode` takes them."""
+    True, with `stride`, `recolour` and `source` as `encode` takes them."""
     # 1. The tokenizer and the data that are asked for, or those that come with the house.
     check(not tokenizer or os.path.exists(tokenizer),
           f"there is no tokenizer at {tokenizer}: give a file made by `python tokenizer.py train`")
@@ -618,7 +639,7 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
               f"--data {folder} --tokenizer {encoder} --out {cache}` and train on that")
         say(f"encoding {folder} with {encoder} into {cache}")
         encode(folder, encoder, cache, stride=stride if data else ROBOT_STRIDE, device=device,
-               progress=rank == 0, **source)
+               progress=rank == 0, recolour=recolour, **source)
         barrier()
         folder, clips = cache, open_clips(cache, "train")
     # 3. Latents must be of the model's kind, and of the tokenizer that is asked for.
@@ -676,6 +697,8 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="folder to make, or to go on with")
     p.add_argument("--size", type=int, help="resize frames to size x size")
     p.add_argument("--stride", type=int, help="frames from a training clip to the next (default: 5000 clips)")
+    p.add_argument("--recolour", action=argparse.BooleanOptionalAction, default=None,
+                   help="two of three training clips in other colours (default: of less than 5000 frames)")
     p.add_argument("--frame_stride", type=int, default=1, help="take every n-th frame and action")
     p.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
     p.add_argument("--device", help="default: the rank's GPU, or cpu")

@@ -72,6 +72,8 @@ class TrainConfig:
     # data that is made first
     encode: bool = knob(False, "encode raw video in --data into DATA_discrete or DATA_continuous")
     stride: int = knob(0, "of that: frames from one clip to the next; default: about 5000 clips", low=0)
+    recolour: bool = knob(None, "of that: two of three clips in other colours; default: of less than 5000 "
+                      "frames")
     camera: str = knob("", SOURCE["camera"])
     fit: str = knob("", SOURCE["fit"], choices=("crop", "pad"))
     actions: str = knob("", SOURCE["actions"])
@@ -149,7 +151,7 @@ def train(config):
     settle(config, say)
     module = MODELS[config.model]
     folder, tokenizer = prepare_data(module.KIND, config.data, config.tokenizer, config.frames, config.encode,
-                                     kind, say, config.stride or None, **source_of(config))
+                                     kind, say, config.stride or None, config.recolour, **source_of(config))
     clips = open_clips(folder, "train")
     sizes = model_config(config, clips)
     about = describe(config, sizes, folder, clips, tokenizer)
@@ -545,8 +547,8 @@ class Log:
             self.is_judged = True
             self.bar.write(
                 f"The model is memorising: training loss falls, but validation loss is {late[-1]:.4g} after "
-                f"{best['val_loss']:.4g} at step {best['step']}. Try more clips (data.py encode --stride 4,"
-                " or new recordings), fewer --steps, a smaller --width or a larger --weight_decay.")
+                f"{best['val_loss']:.4g} at step {best['step']}. Try new recordings, more clips (data.py "
+                "encode --stride 4), other colours (--recolour), --weight_decay 1 or fewer --steps.")
 
     def conclude(self, config, step, file, say):
         """The last words of a run: how to go on, or which of its two checkpoints is the better one."""

@@ -635,11 +635,47 @@ def test_windows_of_little_data_overlap(tmp_path, fake, monkeypatch, capsys, fra
         raw_split(tmp_path / f"raw/{split}_v2.0")
     data.encode(str(tmp_path / "raw"), str(fake / "discrete"), str(tmp_path / "out"), frame_stride=frame_stride)
     assert data.open_clips(tmp_path / "out").meta["stride"] == stride
+    assert data.open_clips(tmp_path / "out").meta.get("recoloured", False) == (105 < enough * frame_stride)
     assert data.open_clips(tmp_path / "out", "val").meta["stride"] == 17 * frame_stride
     said = capsys.readouterr().out
     assert f"{len(data.open_clips(tmp_path / 'raw', stride=stride, frame_stride=frame_stride))} clips, one every {stride} of 105 frames" in said and "GB" in said
     data.encode(str(tmp_path / "raw"), str(fake / "discrete"), str(tmp_path / "five"), stride=5, progress=False)
     assert [data.open_clips(tmp_path / "five", split).meta["stride"] for split in ("train", "val")] == [5, 17]
+
+
+@pytest.mark.parametrize("kind", ["discrete", "continuous"])
+def test_clips_of_little_data_get_other_colours(tmp_path, fake, monkeypatch, capsys, kind):
+    """Of less than 5,000 frames two of three, each as its number says, and it is said. Clips for validation stay as they
+    are, and those of a stride that was asked for, if no other colours are asked for."""
+    monkeypatch.setattr(data, "CLIPS_PER_SHARD", 20)
+    for split in ("train", "val"):
+        raw_split(tmp_path / f"raw/{split}_v2.0")
+    encode, said = functools.partial(data.encode, str(tmp_path / "raw"), str(fake / kind)), {}
+    for name, options in (("few", {}), ("again", dict(batch=3)), ("plain", dict(recolour=False)), ("one", dict(stride=1)),
+                          ("asked", dict(stride=1, recolour=True))):
+        encode(str(tmp_path / name), **options)
+        said[name] = capsys.readouterr().out.count("two of three in other colours (--no-recolour: as they are)")
+    assert said == {"few": 1, "again": 1, "plain": 0, "one": 0, "asked": 1}
+    videos = {name: [clip["video"] for clip in data.open_clips(tmp_path / name)] for name in said}
+    same = lambda a, b: [torch.equal(x, y) for x, y in zip(videos[a], videos[b], strict=True)]
+    assert all(same("few", "again")) and all(same("plain", "one")) and all(same("few", "asked"))
+    assert 0 < sum(same("few", "plain")) < len(videos["few"]) / 2
+    few, plain = (data.open_clips(tmp_path / name) for name in ("few", "plain"))
+    assert all(torch.equal(a["actions"], b["actions"]) for a, b in zip(few, plain))
+    assert few.meta["recoloured"] and "recoloured" not in plain.meta
+    a, b = (data.open_clips(tmp_path / name, "val") for name in ("few", "plain"))
+    assert all(torch.equal(x["video"], y["video"]) for x, y in zip(a, b)) and "recoloured" not in a.meta
+
+
+def test_a_clip_is_recoloured_as_a_whole():
+    """All its frames get the same colours; a third of the clips stay as they are, and no two others are alike."""
+    frame, ways = torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8), []
+    for i in range(90):
+        video = data.recoloured(frame.repeat(17, 1, 1, 1), i)
+        assert video.shape == (17, 32, 32, 3) and video.dtype == torch.uint8 and (video == video[:1]).all()
+        ways.append(video[0].numpy().tobytes())
+    kept = ways.count(frame.numpy().tobytes())
+    assert 15 < kept < 45 and len(set(ways)) == 90 - kept + 1
 
 
 def test_85000_frames_do_not_overlap():

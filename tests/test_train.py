@@ -919,8 +919,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(toy, tm
 def test_raw_data_is_encoded_on_request(toy, tmp_path):
     shutil.copytree(toy / "raw", tmp_path / "raw")
     run(toy, tmp_path / "run", data=f"{tmp_path}/raw", encode=True, tokenizer=f"{toy}/dv.pt")
-    assert data.open_clips(f"{tmp_path}/raw_discrete", "train").kind == "discrete"
-    assert read(tmp_path / "run")["step"] == 2
+    clips = data.open_clips(f"{tmp_path}/raw_discrete", "train")
+    assert clips.kind == "discrete" and clips.meta["stride"] == 1 and read(tmp_path / "run")["step"] == 2
+    os.rename(tmp_path / "raw_discrete", tmp_path / "other")
+    run(toy, tmp_path / "run", data=f"{tmp_path}/raw", encode=True, tokenizer=f"{toy}/dv.pt", recolour=not clips.meta.get("recoloured"))
+    assert data.open_clips(f"{tmp_path}/raw_discrete", "train").meta.get("recoloured") != clips.meta.get("recoloured")
 
 
 def test_a_tokenizers_folder_is_as_good_as_its_file(toy, tmp_path):
@@ -1025,7 +1028,7 @@ def test_memorising_is_said(toy, tmp_path, capsys, memorises):
     said = capsys.readouterr().out
     assert said.count("model is memorising") == memorises, [line.get("val_loss") for line in lines]
     if memorises:
-        assert "--stride" in said and "--steps" in said and "--width" in said
+        assert "--stride" in said and "--steps" in said and "--recolour" in said
         assert "2 clips, each seen 120.0 times" in said
 
 
