@@ -62,8 +62,7 @@ class TrainConfig:
     # speed and memory
     device: str = knob("", "mps: Apple's GPU, yet untried; default: a CUDA GPU or CPU", choices=("mps",))
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
-    compile: bool = knob(None, "torch.compile the blocks, if that computes the same; default: for the paper "
-                         "preset on a GPU")
+    compile: bool = knob(None, "torch.compile the blocks; default: for the paper preset on a GPU, if it agrees")
     checkpoint_activations: str = knob(
         "", "hold less for the backward pass: matrix products, or (the flag alone) inputs of blocks only",
         choices=("products", "inputs"), alone="inputs")
@@ -72,8 +71,7 @@ class TrainConfig:
     # data that is made first
     encode: bool = knob(False, "encode raw video in --data into DATA_discrete or DATA_continuous")
     stride: int = knob(0, "of that: frames from one clip to the next; default: about 5000 clips", low=0)
-    recolour: bool = knob(None, "of that: two of three clips in other colours; default: of less than 5000 "
-                      "frames")
+    recolour: bool = knob(None, "of that: most clips in other colours; default: of less than 5000 frames")
     camera: str = knob("", SOURCE["camera"])
     fit: str = knob("", SOURCE["fit"], choices=("crop", "pad"))
     actions: str = knob("", SOURCE["actions"])

@@ -255,7 +255,7 @@ def train(args):
 def check(args):
     """Round trip of validation clips, and statistics of their latents or ids."""
     tokenizer = load_tokenizer(args.tokenizer, args.device)
-    scores, z = round_trip(tokenizer, raw_clips(args, args.split), args.num)
+    scores, z = round_trip(tokenizer, raw_clips(args, "val"), args.num)
     print(f"{tokenizer.kind} {tokenizer.temporal}x{tokenizer.spatial}x{tokenizer.spatial}, latents of a clip "
           f"{tuple(z.shape[1:])}, {len(z)} clips")
     explain(scores)
@@ -288,7 +288,6 @@ def main(argv):
     t.add_argument("--levels", type=lambda s: tuple(map(int, s.split(","))), help="FSQ levels, as in 8,8,8,8")
     c = commands.add_parser("check", help="round trip and latent statistics", **style)
     c.add_argument("--tokenizer", required=True, help="a file, or a folder with encoder.jit and decoder.jit")
-    c.add_argument("--split", default="val", choices=["train", "val"])
     c.add_argument("--num", type=int, default=32, help="clips")
     for p in (t, c):
         p.add_argument("--data", required=True, help="folder of raw video, see data.py")
