@@ -62,7 +62,7 @@ class TrainConfig:
     # speed and memory
     device: str = knob("", "mps: Apple's GPU, yet untried; default: a CUDA GPU or CPU", choices=("mps",))
     dtype: str = knob("auto", "auto: whichever is faster here", choices=("auto", "float32", "bfloat16"))
-    compile: bool = knob(None, "torch.compile the blocks; default: for the paper preset on a GPU, if it agrees")
+    compile: bool = knob(None, "torch.compile the blocks; default: for the paper preset on a GPU")
     checkpoint_activations: str = knob(
         "", "hold less for the backward pass: matrix products, or (the flag alone) inputs of blocks only",
         choices=("products", "inputs"), alone="inputs")
@@ -543,10 +543,9 @@ class Log:
         losses, n = [line["loss"] for line in self.lines], self.lines.index(best) + 1
         if mean(losses[n:]) < mean(losses[:n]):
             self.is_judged = True
-            self.bar.write(
-                f"The model is memorising: training loss falls, but validation loss is {late[-1]:.4g} after "
-                f"{best['val_loss']:.4g} at step {best['step']}. Try new recordings, more clips (data.py "
-                "encode --stride 4), other colours (--recolour), --weight_decay 1 or fewer --steps.")
+            self.bar.write(f"The model is memorising: training loss falls, but validation loss is {late[-1]:.4g} "
+                           f"after {best['val_loss']:.4g} at step {best['step']}. Try new recordings, more clips "
+                           "(data.py encode --stride 4), other colours (--recolour), or fewer --steps.")
 
     def conclude(self, config, step, file, say):
         """The last words of a run: how to go on, or which of its two checkpoints is the better one."""
