@@ -543,8 +543,8 @@ class Log:
         losses, n = [line["loss"] for line in self.lines], self.lines.index(best) + 1
         if mean(losses[n:]) < mean(losses[:n]):
             self.is_judged = True
-            self.bar.write(f"The model is memorising: training loss falls, but validation loss is {late[-1]:.4g} "
-                           f"after {best['val_loss']:.4g} at step {best['step']}. Try new recordings, more clips "
+            self.bar.write("The model is memorising: training loss falls, but validation loss is "
+                           f"{late[-1]:.4g} after {best['val_loss']:.4g} at step {best['step']}. Try more clips "
                            "(data.py encode --stride 4), other colours (--recolour), or fewer --steps.")
 
     def conclude(self, config, step, file, say):
