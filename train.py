@@ -544,8 +544,8 @@ class Log:
         if mean(losses[n:]) < mean(losses[:n]):
             self.is_judged = True
             self.bar.write("The model is memorising: training loss falls, but validation loss is "
-                           f"{late[-1]:.4g} after {best['val_loss']:.4g} at step {best['step']}. Try more clips "
-                           "(data.py encode --stride 4), other colours (--recolour), or fewer --steps.")
+                           f"{late[-1]:.4g} after {best['val_loss']:.4g} at step {best['step']}. Try more "
+                           "clips (data.py encode --stride 4), other colours (--recolour), or fewer --steps.")
 
     def conclude(self, config, step, file, say):
         """The last words of a run: how to go on, or which of its two checkpoints is the better one."""
