@@ -5,7 +5,7 @@
     python data.py encode --data data/robot --tokenizer weights/tokenizer_dv_tiny.pt --out data/robot_dv
     python data.py info data/robot_dv                               # check a folder, say what it holds
     hf download 1x-technologies/worldmodel --repo-type dataset --local-dir 1x
-                --include "train_v2.0/*" "val_v2.0/*"               # the 1X set without its older versions
+                --include "train_v2.0/*" --include "val_v2.0/*"     # the 1X set without its older versions
 
 A data folder holds train_v2.0 and val_v2.0, each in the layout of 1X v2.0, nested as here or flat:
 
@@ -637,7 +637,7 @@ def prepare_data(kind, data="", tokenizer="", robot_frames=20_000, encode_raw=Fa
         check(encode_raw or not data,
               f"{folder} holds raw video: add --encode to have it encoded, or run `python data.py encode "
               f"--data {folder} --tokenizer {encoder} --out {cache}` and train on that")
-        say(f"encoding {folder} with {encoder} into {cache}")
+        say(f"{cache}: {folder} encoded with {encoder}; what is missing there is encoded now")
         encode(folder, encoder, cache, stride=stride if data else ROBOT_STRIDE, device=device,
                progress=rank == 0, recolour=recolour, **source)
         barrier()

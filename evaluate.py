@@ -44,7 +44,7 @@ PAPER_SIZES = {  # billions, Tables 1 and 2
     "masked": {"split": 0.220, "base": 0.321, "modality": 0.237, "full": 0.195},
     "flow": {"split": 0.944, "base": 1.36, "modality": 0.886, "full": 0.648}}
 ROWS = {  # how a row's keys end: (its line in the table, which frames are compared, with which)
-    "": ("model", "prediction", "target"),
+    "": ("model against tokenized frames", "prediction", "target"),
     "_shuffled_actions": ("with another clip's actions", "shuffled", "target"),
     "_frozen_actions": ("with frozen actions", "frozen", "target"),  # the robot stands still
     "_copy_last": ("copy the last frame", "copy_last", "target"),

@@ -585,6 +585,10 @@ def main(argv=None):
         rows = plan_rows(model, tokenizer, args.num, args.horizon, args.seed, **settings)
     else:
         name, hz = "dream", clips.hz
+        if args.actions != "shuffled":
+            name += f"_{args.actions}"
+        if args.rollout > 1:
+            name += f"_rollout{args.rollout}"
         dreams = dream(model, tokenizer, clips, args.num, args.seed, args.actions, args.rollout, **settings)
         rows = picture_rows(dreams, other=args.actions)
     save_gif(rows, f"{out}/{name}.gif", hz)

@@ -498,7 +498,8 @@ def check_resumed(config, saved, about, say):
         say(f"prolonged from {steps} to {config.steps} steps: the {config.decay} schedule covers them all")
 
 class Log:
-    """OUT/log.jsonl, by rank 0, and the progress bar. A line tells of the steps since the line before it."""
+    """OUT/log.jsonl, by rank 0, and the progress bar. A line has the loss of its step, and the rate since the
+    line before it."""
 
     def __init__(self, config, step, flops, kind):
         self.file, self.batch = f"{config.out}/log.jsonl", config.batch

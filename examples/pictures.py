@@ -83,7 +83,8 @@ def save_curve(folder):
             curves[key] = np.array(points)
     losses = np.concatenate([*curves.values()])[:, 1]
     gifs = sorted(glob(f"{escape(folder)}/samples/step_*.gif"))
-    gifs = gifs[:: len(gifs) // 5 + 1]  # five at most
+    if len(gifs) > 5:  # five, with the first and the last
+        gifs = [gifs[i] for i in np.linspace(0, len(gifs) - 1, 5).astype(int)]
     canvas = Image.new("RGB", (760, 450 if gifs else 300), "white")
     draw = ImageDraw.Draw(canvas)
     last = ", ".join(f"last {key} {points[-1, 1]:.4g}" for key, points in curves.items())
@@ -98,6 +99,9 @@ def save_curve(folder):
         x = np.interp(points[:, 0], [0, log[-1]["step"]], [60, 748])
         y = np.interp(points[:, 1], [low, high], [276, 24])
         draw.line([*zip(x, y)], fill=COLOURS[key], width=2)
+        if len(x) < 20:  # a lone point makes no line
+            for px, py in zip(x, y):
+                draw.ellipse([px - 3, py - 3, px + 3, py + 3], fill=COLOURS[key])
     # 2. The last frame of each GIF. Its third column is the prediction.
     for left, file in zip(range(60, 760, 138), gifs):
         with Image.open(file) as gif:

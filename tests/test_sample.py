@@ -451,8 +451,9 @@ def test_sample_command(trained, tmp_path, model, actions):
             "--dtype", "float32"]  # auto may choose another type when the machine is busier
     sample.main([*argv, "--out", f"{tmp_path}/a"])
     sample.main([*argv, "--out", f"{tmp_path}/b"])
-    assert sorted(os.listdir(tmp_path / "a")) == ["dream.gif", "dream.png"]
-    for name in ("dream.gif", "dream.png"):
+    dream = "dream" if actions == "shuffled" else f"dream_{actions}"  # no picture takes another one's place
+    assert sorted(os.listdir(tmp_path / "a")) == [f"{dream}.gif", f"{dream}.png"]
+    for name in os.listdir(tmp_path / "a"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), "the same seed, the same dream"
 
 
@@ -652,6 +653,8 @@ def test_the_curve_is_drawn_from_the_log(tmp_path):
     rows = sample.picture_rows(pictures_of(COLOURS))
     for step in range(10, 80, 10):
         sample.save_gif(rows, f"{tmp_path}/samples/step_{step:06d}.gif")
+    shown = {**rows, "prediction": 255 - rows["prediction"]}
+    sample.save_gif(shown, f"{tmp_path}/samples/step_000070.gif")
     with open(tmp_path / "log.jsonl", "w") as f:
         f.writelines(json.dumps({"step": s, "loss": 2 - s / 100}) + "\n" for s in range(1, 101))
     sample.save_curve(str(tmp_path))
@@ -662,13 +665,15 @@ def test_the_curve_is_drawn_from_the_log(tmp_path):
     left, right = (np.flatnonzero(blue[:, x]).mean() for x in (100, 700))
     assert left < 80 and right > 220, "a falling loss falls"
     assert abs(pixels[302 + 64, 60 + 64] - COLOURS["prediction"][-1]).max() < 6, "the last frame of the prediction"
+    assert abs(pixels[302 + 64, 60 + 4 * 138 + 64] - (255 - np.array(COLOURS["prediction"][-1]))).max() < 6, "five, with the last one"
 
 
 def test_a_curve_of_one_line(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     sample.save_curve(str(tmp_path))
     with Image.open(tmp_path / "loss.png") as png:
-        assert png.height == 300
+        blue = abs(np.asarray(png.convert("RGB")).astype(int) - (31, 119, 180)).sum(-1) < 60
+    assert len(blue) == 300 and blue.sum() > 20, "a lone point is a dot"
 
 
 # ---- the command line
