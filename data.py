@@ -698,7 +698,8 @@ def main(argv=None):
     p.add_argument("--size", type=int, help="resize frames to size x size")
     p.add_argument("--stride", type=int, help="frames from a training clip to the next (default: 5000 clips)")
     p.add_argument("--recolour", action=argparse.BooleanOptionalAction, default=None,
-                   help="two of three training clips in other colours (default: of less than 5000 frames)")
+                   help="two of three training clips in other colours (default: of less than 5000 frames, "
+                   "without --stride)")
     p.add_argument("--frame_stride", type=int, default=1, help="take every n-th frame and action")
     p.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
     p.add_argument("--device", help="default: the rank's GPU, or cpu")

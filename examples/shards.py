@@ -56,9 +56,10 @@ def make_split(folder, settings, shards, make_shard, meta, shard_bytes, share=No
         check(not os.path.exists(f"{folder}/metadata.json"), f"{folder} holds other data: give another --out")
         save(file, settings)
     old = read_json(file)
-    for key, value in settings.items():
-        check(old.get(key) == value, f"{file} says {key} = {old.get(key)!r}, not {value!r}: give another "
-                                     f"--out, or delete {folder} to make it anew")
+    for key in sorted(settings.keys() | old.keys()):  # what was asked for then and is not now differs, too
+        then, now = old.get(key), settings.get(key)
+        check(then == now, f"{file} says {key} = {then!r}, not {now!r}: give another --out, or delete "
+                           f"{folder} to make it anew")
 
     # 2. What is missing, and whether the disk can take it.
     def missing():

@@ -497,12 +497,18 @@ def test_shards_are_made_by_processes(tmp_path, monkeypatch, method):
         assert not (tmp_path / "other/metadata.json").exists()
 
 
+def begun(tmp_path, rank, last):
+    """A thread that makes the share of one of two ranks in three shards, once its last shard is there."""
+    job = threading.Thread(target=split_of, args=(tmp_path / "train", 3), kwargs={"share": (rank, 2)})
+    job.start()
+    while not (tmp_path / f"train/metadata/metadata_{last}.json").exists():
+        time.sleep(0.01)
+    return job
+
+
 def test_shards_are_divided_among_ranks(tmp_path):
     """Rank 1 of 2 makes shard 1 alone; rank 0 finds it whole, makes the rest, and writes metadata.json."""
-    job = threading.Thread(target=split_of, args=(tmp_path / "train", 3), kwargs={"share": (1, 2)})
-    job.start()
-    while not (tmp_path / "train/metadata/metadata_1.json").exists():
-        time.sleep(0.01)
+    job = begun(tmp_path, rank=1, last=1)
     time.sleep(0.1)
     assert os.listdir(tmp_path / "train/metadata") == ["metadata_1.json"]
     assert split_of(tmp_path / "train", 3, share=(0, 2)) == [0, 1, 2]
@@ -512,10 +518,7 @@ def test_shards_are_divided_among_ranks(tmp_path):
 
 def test_rank_0_waits_for_the_shards_of_the_others(tmp_path):
     """metadata.json makes a folder one of data: it is written when every shard is there, whoever makes it."""
-    job = threading.Thread(target=split_of, args=(tmp_path / "train", 3), kwargs={"share": (0, 2)})
-    job.start()
-    while not (tmp_path / "train/metadata/metadata_2.json").exists():
-        time.sleep(0.01)
+    job = begun(tmp_path, rank=0, last=2)
     time.sleep(0.3)
     assert not (tmp_path / "train/metadata.json").exists()
     assert split_of(tmp_path / "train", 3, share=(1, 2)) == [0, 1, 2]
@@ -663,6 +666,8 @@ def test_clips_of_little_data_get_other_colours(tmp_path, fake, monkeypatch, cap
     few, plain = (data.open_clips(tmp_path / name) for name in ("few", "plain"))
     assert all(torch.equal(a["actions"], b["actions"]) for a, b in zip(few, plain))
     assert few.meta["recoloured"] and "recoloured" not in plain.meta
+    with pytest.raises(data.DataError, match="recoloured = True, not None"):
+        encode(str(tmp_path / "few"), recolour=False)  # not what is there
     a, b = (data.open_clips(tmp_path / name, "val") for name in ("few", "plain"))
     assert all(torch.equal(x["video"], y["video"]) for x, y in zip(a, b)) and "recoloured" not in a.meta
 
