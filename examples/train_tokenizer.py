@@ -280,7 +280,7 @@ def main(argv):
     t.add_argument("--steps", type=int, help="default: 5000, or 1500 with --init, which has a start already")
     t.add_argument("--batch", type=int, default=4)
     t.add_argument("--lr", type=float, default=1.5e-3)
-    t.add_argument("--init", default="", help="tokenizer to start from, of either kind")
+    t.add_argument("--init", default="", help="tokenizer to start from, continuous or of the same kind")
     t.add_argument("--seed", type=int, default=0)
     t.add_argument("--eval_every", type=int, default=500, help="steps between validations, which also save")
     for size in ("channels", "spatial_compression", "temporal_compression", "latent_channels"):
